@@ -15,6 +15,7 @@ from autoencoder.residual_noise import ResidualNoiseModel
 from diffusion import Conditions, LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance, set_timesteps
+from diffusion.distillation import check_guidance_of_student
 from diffusion.guidance import Guidance, autoguidance_in_effect
 from diffusion.scheduler_options import Scheduler
 from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition
@@ -210,6 +211,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         have."""
         names = {name for volume in volumes for name in volume.condition_names}
         check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
+        check_guidance_of_student(self.unet, scale)
 
     # Prepared volumes -> latents -> volumes
 

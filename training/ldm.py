@@ -33,6 +33,7 @@ from diffusion import (
 )
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
+from diffusion.distillation import Teacher
 from diffusion.latents.cache import weights_hash
 from diffusion.objectives import Scheduler, default_sampler
 from files.documents import read_object
@@ -45,6 +46,7 @@ from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
 from .build import build_model, initialize_from
+from .distill import check_student, load_teacher
 from .encoder_distance import EncoderDistance
 from .engine.averages.power import STORED
 from .engine.learner import Learner
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("training")
 VALIDATION_SAMPLES = 8  # timesteps and noises per held-out volume; the same at every validation
+VALIDATION_TRAJECTORIES = 1  # of a teacher, per held-out volume
 
 
 class LatentBatch(TypedDict):
@@ -76,6 +79,7 @@ class LdmTrainingStep:
 
     Args:
         realism: compares generated with held-out volumes, if `loop.sample_every` asks for it.
+        teacher: of a student, whose objective is `flow_map`.
     """
 
     distance = "kernel_distance"
@@ -90,6 +94,7 @@ class LdmTrainingStep:
         loss: str = "mse",
         label_maps: bool = False,
         realism: EncoderDistance | None = None,
+        teacher: Teacher | None = None,
     ):
         self.label_maps, self.realism = label_maps, realism
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
@@ -100,8 +105,10 @@ class LdmTrainingStep:
             training_loss,
             train_steps=network.train_steps,
             shift_voxels=network.config["shift_voxels"],
+            teacher=teacher,
             absolute=loss == "l1",
         )
+        self.validation_samples = VALIDATION_SAMPLES if teacher is None else VALIDATION_TRAJECTORIES
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
@@ -132,7 +139,7 @@ class LdmTrainingStep:
         channels, and per channel if the autoencoder codes channels separately."""
 
         def repeat(values: Tensor) -> Tensor:
-            return values.expand(VALIDATION_SAMPLES, *values.shape[1:])
+            return values.expand(self.validation_samples, *values.shape[1:])
 
         latents = repeat(item["latents"])
         conditions = item["conditions"].map(repeat)
@@ -193,10 +200,12 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_prepared(config, vae, preprocessing(config.data))  # before anything is read
     train, held_out = load_split(config.data)
     check_prepared(config, vae, train.preprocessing)
+    teacher, taught = load_teacher(config, vae, accelerator) if config.distill else (None, None)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
     images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
+    check_student(config)
     check_residual_noise(config, train)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model, config.gradient_checkpointing)
@@ -205,7 +214,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
     realism = EncoderDistance(vae, PaddedVolumes(train, vae.stride)) if config.loop.sample_every else None
-    step = build_step(config, unet, vae, realism)
+    step = build_step(config, unet, vae, realism, teacher)
+    known_noise = data.residual_noise if taught is None else taught.residual_noise
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), step.inference_steps, None, accelerator.device)
 
@@ -220,11 +230,12 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             trained_on = {"data": train.preprocessing, "subjects": records}
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
-        noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
+        noise = tuple(measure_noise(train, vae)) if config.residual_noise else known_noise
         average.register_to_config(subjects=records)
         described = dataclasses.replace(data, residual_noise=noise)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
-        pipe.sampling_settings = SamplingSettings(num_inference_steps=step.inference_steps)  # those of the previews
+        guidance = None if teacher is None else 1.0  # a student has its teacher's
+        pipe.sampling_settings = SamplingSettings(step.inference_steps, guidance)  # those of the previews
         save_model(pipe, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
@@ -244,7 +255,11 @@ def image_latents(data: DataConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
 
 
 def build_step(
-    config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder, realism: EncoderDistance | None = None
+    config: TrainLdmConfig,
+    unet: LatentUNet3D,
+    vae: VolumeAutoencoder,
+    realism: EncoderDistance | None = None,
+    teacher: Teacher | None = None,
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
     loop = config.loop
@@ -262,7 +277,7 @@ def build_step(
     scheduler = partial(make_scheduler, objective, unet.train_steps, name=name, bound=vae.latent_bound())
     label_maps = bool(config.data.image_labels)
     channels, steps = config.data.channels, config.inference_steps or usual
-    return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism)
+    return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, teacher)
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
@@ -312,10 +327,10 @@ def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
 
 def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at
-    zero."""
+    zero; a student's second time is new to its teacher."""
     described = Path(folder) / "config.json"
     moved = moved_embeddings(read_object(described), unet.config) if described.is_file() else None
-    return initialize_from(unet, folder, new="condition_embedding", moved=moved)
+    return initialize_from(unet, folder, new="condition_embedding", moved=moved, own="next_embedding")
 
 
 def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
