@@ -66,7 +66,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--diameter", nargs="+", type=Number(PositiveFloat), metavar="MM", help=diameter_help)
     within_help = "labels that an inserted lesion may replace, such as the organ's (all)"
     parser.add_argument("--within", nargs="+", default=[], metavar="LABEL", help=within_help)
-    parser.add_argument("--replacement", metavar="LABEL", help="label in the place of a lesion that is removed")
+    parser.add_argument("--replacement", metavar="LABEL", help="label that replaces a lesion that is removed")
     add_run_arguments(parser, "edit")
     show_ranges(parser)
     return parser
@@ -81,7 +81,7 @@ def parse(args: Sequence[str] | None) -> "EditConfig":
     lesion = lesion_of(parser, options)
 
     from pipelines.batch_edits import EditConfig  # after the arguments: these imports take seconds
-    from pipelines.sampling import SamplingConfig
+    from pipelines.sampling import sampling_of
 
     return EditConfig(
         pipeline=expand_path(options.pipeline),
@@ -96,7 +96,8 @@ def parse(args: Sequence[str] | None) -> "EditConfig":
         keep_channels=options.keep_channels,
         lesion=lesion,
         count=options.count,
-        sampling=SamplingConfig(options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size),
+        sampling=sampling_of(options),
+        unet_weak=options.unet_weak,
         seed=options.seed,
         label_map=dict(options.label_map),
         lora=options.lora,

@@ -23,8 +23,9 @@ The columns of a table are: mask (a path, relative to the table's folder; withou
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
 generated to match), and name, where the mask's stem should not be the name. Other columns are listed and not read.
 
-Steps and guidance are those of the pipeline's sampling.json, unless --steps and --guidance_scale say otherwise. Each
-volume's seed is computed from --seed, its name and k, so batch size, order, processes and interruptions change nothing.
+Steps and guidance are those of the pipeline's sampling.json, unless --steps, --guidance_scale, --guidance_interval and
+--autoguidance_scale say otherwise. Each volume's seed is computed from --seed, its name and k, so batch size, order,
+processes and interruptions change nothing.
 The same command resumes where it stopped.
 
 With `--masks generate:PIPELINE` that pipeline generates --count label maps first, into OUTPUT/masks; each gets one
@@ -108,7 +109,7 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         parser.error("--data.root: is for --split; leave it out")
 
     from pipelines.batch_generation import BatchConfig  # after the arguments: these imports take seconds
-    from pipelines.sampling import SamplingConfig
+    from pipelines.sampling import sampling_of
 
     return BatchConfig(
         pipeline=expand_path(options.pipeline) if options.pipeline else default_pipeline(parser, options.config),
@@ -120,7 +121,8 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         splits=options.split or [],
         shape=options.shape,
         count=options.count,
-        sampling=SamplingConfig(options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size),
+        sampling=sampling_of(options),
+        unet_weak=options.unet_weak,
         seed=options.seed,
         label_map=dict(options.label_map),
         lora=options.lora,

@@ -4,9 +4,10 @@
     MEDVOLUME_CACHE=/scratch/cache MEDVOLUME_CACHE_LIMIT=500GB medvolume prepare --config recipe/vae.yaml
 
 Trainings prepare what is missing themselves; this command does it without a GPU, or on another machine that sees the
-same cache. Several may run at once, and a killed one continues. With `--verify` it also compares every stored volume
-with its checksum. The exit status is 1 if volumes are refused, which `data.on_error: skip` lists, or could
-not be stored.
+same cache. Several may run at once, and a killed one continues. $MEDVOLUME_CACHE_LIMIT bounds prepared volumes, copies
+of remote files and copies of remote latents together (docs/prepared_volumes.md). With `--verify` it also compares every
+stored volume with its checksum. The exit status is 1 if volumes are refused, which `data.on_error: skip` lists, or
+could not be stored.
 """
 
 import logging

@@ -4,6 +4,7 @@ Axes: volumes (B, C, X, Y, Z) in [-1, 1], latents (B, C, h, w, d).
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -31,7 +32,7 @@ LatentStd = Annotated[float, Range(1e-6, 1e6)]
 Distribution = TypeVar("Distribution", bound=LatentDistribution)
 
 
-class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
+class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution], ABC):
     """An encoder, a decoder and the statistics of the latents between them.
 
     A subclass calls `_build` in its constructor, or sets `patch_size`, `stride`, `encoder` and `decoder`. It interprets
@@ -104,9 +105,9 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         width = self.config["latent_channels"] // channels
         return slice(channel * width, (channel + 1) * width)
 
+    @abstractmethod
     def _distribution(self, encoded: Tensor) -> Distribution:
         """Return the encoder's output as a distribution of standardized latents."""
-        raise NotImplementedError
 
     def _decodable(self, raw: Tensor) -> Tensor:
         """Return what the decoder takes for raw latents: the latents themselves, unless there is a codebook."""

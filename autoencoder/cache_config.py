@@ -14,7 +14,9 @@ class LatentCacheConfig:
     Versions are augmented before encoding, because an autoencoder does not commute with flips and shifts.
 
     Args:
-        folder: where latents are stored, a folder or an fsspec URL; default: latents/ in the output folder.
+        folder: where latents are stored, a folder or an fsspec URL; default: latents/ in the output folder. The limit
+            of the cache, $MEDVOLUME_CACHE_LIMIT, counts the copies that this machine makes of those at a URL, and not
+            those in a folder.
         versions: entries per volume; the first is the volume as it is, the others are augmented.
         flip_axes: axes (0, 1, 2) along which the other versions are mirrored with probability 1/2 (0 is left-right).
         shift: whether the other versions are shifted at random by less than the autoencoder's stride.

@@ -53,24 +53,12 @@ import yaml
 from evaluation.report import check_report, provenance, write_report
 from files.cache import LIMIT, parse_size
 
-ROOT = Path(__file__).resolve().parents[1]
+from .short_training import LOOP, ROOT, environment, logged_losses, measured_command, read_measured
+
 BYTES = 5  # a voxel: float32, and a label
-LOOP = {"batch_size": 2, "checkpoint_every": 0, "validate_every": 0, "preview_every": 0, "previews": 0, "log_every": 1}
-LOOP |= {"mixed_precision": "no", "trackers": []}
 VAE = {"class": "autoencoder.AutoencoderKL3D", "patch_size": 8, "channels": [16], "strides": []}
 VAE |= {"encoder_blocks": [1], "decoder_blocks": [1]}
 UNET = {"class": "diffusion.LatentUNet3D", "channels": [16, 16], "blocks": [1, 1], "mask_width": 4, "head_dim": 8}
-# Writes the peak of resident memory (KiB) and the times of the steps of each process.
-MEASURED = """
-import importlib, json, os, resource, sys, time
-from training.engine import tracking
-update, times = tracking.Progress.update, []
-tracking.Progress.update = lambda self, *a: (times.append(time.time()), update(self, *a))[1]
-script, folder, *arguments = sys.argv[1:]
-importlib.import_module(script).main(arguments)
-with open(f"{folder}/measured.{os.environ.get('RANK', 0)}.json", "w") as file:
-    json.dump({"kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "times": times}, file)
-"""
 
 
 class Cohort:
@@ -79,13 +67,12 @@ class Cohort:
     def __init__(self, folder: Path, count: int, shape: Sequence[int], limit: str | None, options: argparse.Namespace):
         self.folder, self.processes, self.steps, self.limit = folder, options.processes, options.steps, limit
         self.cache, self.largest = folder / "cache", 0
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.environment |= {"MEDVOLUME_CACHE": str(self.cache)}
+        self.environment = environment(self.cache)
         self.environment.pop(LIMIT, None)
         if limit:
             self.environment[LIMIT] = limit
         data = {"phantom": {"count": count, "shape": list(shape)}, "validation_fraction": 0.01}
-        loop = {**LOOP, "max_steps": options.steps}
+        loop = {**LOOP, "batch_size": 2, "max_steps": options.steps}
         crops = {"shape": [min(64, n) for n in shape]}
         vae, ldm = {"data": data, "model": VAE, "crops": crops, "loop": loop}, {"data": data, "model": UNET}
         ldm |= {"vae": "train_vae/vae", "cache": {"versions": 1}, "inference_steps": 2, "loop": loop}
@@ -104,23 +91,17 @@ class Cohort:
 
     def train(self, script: str) -> dict[str, object]:
         """Train, and return losses, the largest peak of a process in MiB, and seconds: of a step, and of all."""
-        (self.folder / "measured.py").write_text(MEASURED)
-        launcher = [sys.executable]
-        if self.processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
-        arguments = [str(self.folder / "measured.py"), script, str(self.folder)]
-        seconds = self._run([*launcher, *arguments, f"--config={self.folder}/{script}.yaml"], script)
-        found = [json.loads(path.read_text()) for path in sorted(self.folder.glob("measured.*.json"))]
+        command = measured_command(script, self.folder, [f"--config={self.folder}/{script}.yaml"], self.processes)
+        seconds = self._run(command, script)
+        found = read_measured(self.folder)
         assert len(found) == self.processes
-        times = found[0]["times"]
-        rows = map(json.loads, (self.folder / script / "metrics.jsonl").read_text().splitlines())
-        losses = [row["loss"] for row in rows if row["kind"] == "train"]
+        losses = logged_losses(self.folder / script)
         if len(losses) != self.steps:
             raise RuntimeError(f"{script}: logged {len(losses)} of {self.steps} steps")
         return {
             "losses": losses,
             "peak_mib": max(one["kib"] for one in found) / 1024,
-            "seconds_a_step": [after - before for before, after in pairwise(times)],
+            "seconds_a_step": [after - before for before, after in pairwise(found[0]["times"])],
             "seconds": seconds,
         }
 

@@ -48,7 +48,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import tempfile
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 
@@ -56,8 +56,7 @@ from cli.settings import construct
 from diffusion import make_scheduler
 from evaluation.doctor.memory import GIB, generation_bytes, training_bytes
 from evaluation.doctor.models import Models, build_models, config_from_sections
-from evaluation.report import check_report, provenance, read_config, write_report
-from files.documents import read_object
+from evaluation.report import Machine, check_report, provenance, read_config, read_report, write_report
 from pipelines import MedVolumePipeline
 from training import TrainVaeConfig
 from volumes import DataConfig, Volume, make_phantom
@@ -69,31 +68,74 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "real_sizes"
 CPU = torch.device("cpu")
 
 
+class Outcome(TypedDict, total=False):
+    """Figures if `status` is "ok", else a `detail`."""
+
+    status: Required[str]
+    detail: str
+    measured: int  # bytes beyond those of the program
+    program: int  # bytes
+    seconds: float
+
+
+class Row(Outcome):
+    """One part: what was run, the doctor's estimate in bytes, what it took, and where."""
+
+    recipe: Required[str]
+    stage: Required[str]
+    shape: Required[list[int]]
+    batch: Required[int]
+    estimate: Required[dict[str, int]]
+    date: Required[str]
+    commit: Required[str | None]
+    machine: Required[Machine]
+    versions: Required[dict[str, str]]
+
+
+class Report(TypedDict):
+    """The JSON file; `parts` by their names."""
+
+    benchmark: str
+    parts: dict[str, Row]
+
+
 def main(args: Sequence[str] | None = None) -> Path:
     """Measure the parts that the report lacks, and return its path."""
     options = parse(args)
-    before = read_object(options.output)["parts"] if options.output.is_file() else {}
-    assert isinstance(before, dict)
+    report: Report = {"benchmark": "full_size", "parts": {}}
+    if options.output.is_file():
+        report = read_report(options.output, Report, "benchmarks.full_size")
     check_report(options.output)
-    report: dict[str, Any] = {"benchmark": "full_size", "parts": before}
-    for part in options.parts or [part for part in PARTS if before.get(part, {}).get("status") != OK]:
+    done = {part for part, row in report["parts"].items() if row["status"] == OK}
+    for part in options.parts or [part for part in PARTS if part not in done]:
         recipe, _, stage = part.rpartition("/")
         shape = tuple(options.shape or SHAPES[recipe.partition("/")[0]])
         planned = estimate(recipe, stage, shape, small=bool(options.shape))
-        row = {"recipe": recipe, "stage": stage, "shape": shape, "batch": 1, "estimate": planned}
         needed = planned["total"] / GIB
+        outcome: Outcome
         if needed > options.memory or 1.25 * planned["total"] > available_memory():
-            row |= {"status": "not run", "detail": f"needs about {needed:.1f} GiB, more than is free for it"}
+            outcome = {"status": "not run", "detail": f"needs about {needed:.1f} GiB, more than is free for it"}
         else:
-            row |= measured(recipe, stage, shape, options)
+            outcome = measured(recipe, stage, shape, options)
         known = provenance()
-        report["parts"][part] = row | {key: known[key] for key in ("date", "commit", "machine", "versions")}
-        print(f"{part}: {line(row)}", flush=True)
+        report["parts"][part] = {
+            "recipe": recipe,
+            "stage": stage,
+            "shape": list(shape),
+            "batch": 1,
+            "estimate": planned,
+            **outcome,
+            "date": known["date"],
+            "commit": known["commit"],
+            "machine": known["machine"],
+            "versions": known["versions"],
+        }
+        print(f"{part}: {line(report['parts'][part])}", flush=True)
         write_report(options.output, report)
     return options.output
 
 
-def measured(recipe: str, stage: str, shape: Sequence[int], options: argparse.Namespace) -> dict[str, object]:
+def measured(recipe: str, stage: str, shape: Sequence[int], options: argparse.Namespace) -> Outcome:
     """Run a part in a process of its own: status, bytes beyond those of the program, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = {"recipe": recipe, "shape": shape, "small": bool(options.shape)}
@@ -102,9 +144,10 @@ def measured(recipe: str, stage: str, shape: Sequence[int], options: argparse.Na
         limit = int(2 * options.memory * GIB)  # of addresses, which are more than memory
         setup = generation if stage == "generation" else training
         result = measure(setup, arguments, repeats=0, timeout=3600 * options.hours, memory=limit)
-    if result["status"] != OK:
-        return {"status": result["status"], "detail": result["detail"]}  # pyright: ignore[reportTypedDictNotRequiredAccess]
-    memory, seconds = result["memory"], result["seconds"]["median"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    if "detail" in result:
+        return {"status": result["status"], "detail": result["detail"]}
+    assert "memory" in result and "seconds" in result
+    memory, seconds = result["memory"], result["seconds"]["median"]
     return {"status": OK, "measured": memory["above"], "program": memory["baseline"], "seconds": seconds}
 
 
@@ -208,10 +251,11 @@ def single_thread(run: Any) -> Any:
     return on_one
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """Format a row for the terminal."""
     planned = f"{row['estimate']['total'] / GIB:.2f} GiB estimated"
-    if row["status"] != OK:
+    if "detail" in row:
         return f"{planned}; {row['status']}: {row['detail']}"
+    assert "measured" in row and "seconds" in row
     ratio = row["measured"] / row["estimate"]["total"]
     return f"{planned}, {row['measured'] / GIB:.2f} GiB measured (x {ratio:.2f}), {row['seconds']:.0f} s"

@@ -2,28 +2,30 @@
 
     python -m benchmarks.prepared --output out/prepared.json [--cases 100 2000] [--only preparation memory wait]
 
-- preparation: seconds to prepare volumes in one process and in two;
+- preparation: seconds to prepare volumes in one process on one core, in two on two, and in one on two: its threads
+  use both;
 - memory: peak resident memory of both training commands at few and at many volumes;
 - start: seconds from the second start of a training on many volumes to its first step;
 - wait: the share of a step that the training of an autoencoder waits for its patches (`data_wait`).
 
-Run it on a quiet machine with two cores or more. It takes about half an hour.
+A report that is there already keeps the parts that are not run. Run it on a quiet Linux machine with two cores or more.
+It takes about half an hour.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
 
 PARTS = ("preparation", "memory", "wait")
+RUNS = (("one_on_one_core", 1, 1), ("two_on_two_cores", 2, 2), ("one_on_two_cores", 1, 2))  # name, processes, cores
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -43,25 +45,12 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 from evaluation.report import check_report, provenance, write_report
 from volumes import Volume, make_phantom, write_volume
 
-ROOT = Path(__file__).resolve().parents[1]
+from .short_training import ROOT, environment, logged, loop_options, measured_command, read_measured
+
 NAMES = "{0: background, 1: body, 2: organ, 3: lesion}"
-STEPS = ["--loop.max_steps=8", "--loop.batch_size=2", "--loop.checkpoint_every=0", "--loop.validate_every=0"]
-STEPS += ["--loop.preview_every=0", "--loop.previews=0", "--loop.trackers=[]", "--loop.mixed_precision=no"]
-STEPS += ["--loop.log_every=4", "--loop.sample_every=0", "--resume=latest"]
+STEPS = [*loop_options(max_steps=8, batch_size=2, log_every=4, sample_every=0), "--resume=latest"]
 VAE = ["--crops.shape=[32, 32, 32]", "--model={class: autoencoder.AutoencoderKL3D, channels: [8, 16]}"]
 LDM = ["--inference_steps=2", "--model.channels=[16, 16]", "--model.mask_width=4", "--model.head_dim=8"]
-# Prints the peak of resident memory (KiB) and the seconds from the start of Python to each step.
-MEASURED = """
-import resource, sys, time
-began = time.time()
-import {script}
-from training.engine import tracking
-update = tracking.Progress.update
-times = []
-tracking.Progress.update = lambda self, *a: (times.append(time.time() - began), update(self, *a))[1]
-{script}.main(sys.argv[1:])
-print("measured", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *times)
-"""
 
 
 def write_set(folder: Path, count: int, side: int) -> list[str]:
@@ -76,18 +65,14 @@ def write_set(folder: Path, count: int, side: int) -> list[str]:
     return [*options, f"--data.label_names={NAMES}", "--data.validation_fraction=0.1"]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """Return the environment of the measured processes."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MEDVOLUME_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-
-
 def preparation(folder: Path, side: int) -> dict[str, float]:
-    """Return seconds to prepare 24 volumes in one process and in two; twice each, the faster one."""
+    """Return seconds to prepare 24 volumes by processes and cores; twice each, the faster one."""
     write_set(folder / "large", 24, side)
     code = (
-        "import sys, time; from volumes import DataConfig, load_cases; "
+        "import os, sys, time; from volumes import DataConfig, load_cases; "
         "from volumes.prepared.preparation import prepare_cases\n"
         "if __name__ == '__main__':\n"
+        "    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[3])])\n"
         "    config = DataConfig(root=sys.argv[1], images='images/{name}.nii.gz', masks='masks/{name}.nii.gz', "
         "label_names={0: 'background', 1: 'body', 2: 'organ', 3: 'lesion'}, validation_fraction=0)\n"
         "    cases = load_cases(config); start = time.time()\n"
@@ -96,34 +81,26 @@ def preparation(folder: Path, side: int) -> dict[str, float]:
     (folder / "prepare_set.py").write_text(code)
     taken: dict[str, float] = {}
     for turn in range(2):
-        for processes in (1, 2):
-            command = [sys.executable, str(folder / "prepare_set.py"), str(folder / "large"), str(processes)]
-            done = subprocess.run(
-                command, env=environment(folder / f"cache_{turn}_{processes}"), check=True, stdout=-1, text=True
-            )
-            name = f"seconds_{processes}"
+        for name, processes, cores in RUNS:
+            arguments = [str(folder / "prepare_set.py"), str(folder / "large"), str(processes), str(cores)]
+            cache = environment(folder / f"cache_{turn}_{name}")
+            done = subprocess.run([sys.executable, *arguments], env=cache, check=True, stdout=-1, text=True)
             taken[name] = min(float(done.stdout), taken.get(name, float("inf")))
-    return {**taken, "speedup": taken["seconds_1"] / taken["seconds_2"]}
+    return {**taken, "speedup": taken["one_on_one_core"] / taken["two_on_two_cores"]}
 
 
 def train(script: str, folder: Path, options: Sequence[str]) -> dict[str, float]:
     """Train for a few steps, and return peak memory in MiB, seconds to the first step, and the share of waiting."""
     config = ROOT / f"configs/phantom/{'vae' if script == 'train_vae' else 'ldm'}.yaml"
     arguments = [f"--config={config}", f"--output={folder}", *options, *STEPS]
-    command = [sys.executable, "-c", MEASURED.format(script=script), *arguments]
+    command = measured_command(script, folder.parent / f"measured_{folder.name}", arguments)
     start = time.time()
-    done = subprocess.run(command, env=environment(folder.parent / "cache"), check=True, stdout=-1, text=True)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("measured"))
-    peak, *steps = map(float, line.split()[1:])
-    waits = [row["data_wait"] for row in rows(folder) if "data_wait" in row]
-    found = {"peak_mib": peak / 1024, "first_step_s": steps[0], "whole_s": time.time() - start}
+    subprocess.run(command, env=environment(folder.parent / "cache"), check=True, stdout=subprocess.DEVNULL)
+    whole = time.time() - start
+    (one,) = read_measured(folder.parent / f"measured_{folder.name}")
+    waits = [row["data_wait"] for row in logged(folder) if "data_wait" in row]
+    found = {"peak_mib": one["kib"] / 1024, "first_step_s": one["times"][0] - one["began"], "whole_s": whole}
     return found | ({"data_wait": waits[-1]} if waits else {})
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    """Return what the run logged."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def memory(folder: Path, counts: Sequence[int], side: int) -> dict[str, object]:
@@ -149,14 +126,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the parts that the command line names, and write the report."""
     options = parse(args)
     check_report(options.output)
-    report: dict[str, object] = dict(provenance())
+    report: dict[str, object] = json.loads(options.output.read_text()) if options.output.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if "preparation" in options.only:
-            report["preparation"] = preparation(folder, options.large)
-        if "memory" in options.only:
-            report["trainings"] = memory(folder, options.cases, options.side)
-        if "wait" in options.only:
-            report["wait"] = wait(folder, options.large)
-    write_report(options.output, report)
-    print(json.dumps({name: report[name] for name in ("preparation", "trainings", "wait") if name in report}, indent=1))
+        parts: dict[str, Callable[[], Mapping[str, object]]] = {
+            "preparation": lambda: preparation(folder, options.large),
+            "memory": lambda: memory(folder, options.cases, options.side),
+            "wait": lambda: wait(folder, options.large),
+        }
+        for part in options.only:
+            report[part] = {**parts[part](), **provenance()}
+            print(part, json.dumps(report[part], indent=1))
+            write_report(options.output, report)

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -31,19 +31,18 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from evaluation.report import check_report, provenance, write_report
+from evaluation.report import Provenance, check_report, provenance, write_report
 
 from . import forked
-
-ROOT = Path(__file__).resolve().parents[1]
+from .short_training import ROOT, loop_options
 
 DATA = ["--data.phantom={count: 10, shape: [16, 16, 16]}", "--data.validation_fraction=0.2"]
-LOOP = ["--loop.mixed_precision=no", "--loop.log_every=1", "--loop.preview_every=0", "--loop.previews=0"]
-LOOP += ["--loop.validate_every=0", "--loop.workers=0", "--loop.trackers=[]", "--loop.checkpoint_every=0"]
+LOOP = loop_options(workers=0)
 VAE = [f"--config={ROOT / 'configs/phantom/vae.yaml'}", "--crops.shape=[16, 16, 16]", "--crops.flip_axes=[0]"]
 LDM = [f"--config={ROOT / 'configs/phantom/ldm.yaml'}", "--cache.versions=1", "--cache.shift=false"]
 
 RUNS = {"one": (1, False), "two": (2, False), "sharded": (2, True), "four": (4, False)}  # processes, with loop.fsdp
+ALL: Mapping[str, Collection[str]] = {"train_vae": RUNS, "train_ldm": RUNS}
 
 
 def losses_of(
@@ -80,15 +79,26 @@ class Comparison(TypedDict):
     samples_a_second: dict[str, float]
 
 
-def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Comparison]:
-    """Train with each script as `RUNS` says."""
+class Report(Provenance):
+    """The JSON file."""
+
+    steps: int
+    train_vae: Comparison
+    train_ldm: Comparison
+    load_before: float
+    load_after: float
+
+
+def compare(steps: int, folder: Path, chosen: Mapping[str, Collection[str]] = ALL) -> dict[str, Comparison]:
+    """Train with both scripts as `RUNS` says. `chosen`: the runs of each script, "one" among them."""
     comparisons: dict[str, Comparison] = {}
     global_batch = 4
     length = [f"--loop.max_steps={steps}", "--optimizer.warmup_steps=5"]
-    for script in scripts:
+    for script, runs in chosen.items():
         options = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/one/run/vae'}"]
         losses, seconds = {}, {}
-        for run, (processes, sharded) in RUNS.items():
+        for run in runs:
+            processes, sharded = RUNS[run]
             args = [*options, *DATA, *LOOP, *length, *["--loop.fsdp=true"] * sharded]
             losses[run], seconds[run] = losses_of(script, args, folder / script / run, processes, global_batch)
         pairs = {run: zip(losses["one"], values, strict=True) for run, values in losses.items()}
@@ -110,9 +120,10 @@ def main(args: Sequence[str] | None = None) -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         comparisons = compare(options.steps, Path(folder))
-    report = {
+    report: Report = {
         "steps": options.steps,
-        **comparisons,
+        "train_vae": comparisons["train_vae"],
+        "train_ldm": comparisons["train_ldm"],
         "load_before": load,
         "load_after": os.getloadavg()[0],
         **provenance(),

@@ -4,19 +4,15 @@ python -m benchmarks.shift_page docs/timestep_shift.json --page docs/large_laten
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from cli.command import ArgumentParser, run_command
+from cli.command import run_command
+from tools.markdown import parse_page, rewrite_between, table
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON file of benchmarks.timestep_shift")
-    parser.add_argument("--page", type=Path, required=True, help="Markdown file with the two comments")
-    return parser.parse_args(args)
+    return parse_page(__doc__, "JSON file of benchmarks.timestep_shift", args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -24,7 +20,8 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 import numpy as np
 
-from .speed.report import table
+from evaluation.report import read_report
+
 from .timestep_shift import Report, Row
 
 BEGIN = "<!-- timestep shift: written by benchmarks.shift_page -->"
@@ -33,7 +30,7 @@ SHOWN = ("600", "800", "900", "950", "980")  # timesteps, of 1000
 
 
 def page_text(report: Report) -> str:
-    """Return the part of the page between the two comments: what noisy latents leave open, and the trained models."""
+    """Return the part between the two comments: what noisy latents leave unknown, and the trained models."""
     (small, base), (large, other) = report["unknown"].items()
     count = report["shift_voxels"]
     shift = (int(large) ** 3 / count) ** 0.5
@@ -78,9 +75,5 @@ def models_text(models: Sequence[Row]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite the part of the page. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    text = options.page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{options.page}: needs the lines {BEGIN} and {END}, between which the figures go")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    options.page.write_text(f"{before}{BEGIN}\n{page_text(json.loads(options.report.read_text()))}{END}{after}")
+    report = read_report(options.report, Report, "benchmarks.timestep_shift")
+    rewrite_between(options.page, BEGIN, END, page_text(report))

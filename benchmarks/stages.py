@@ -49,7 +49,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ from diffusion import build_latent_cache
 from evaluation.doctor.memory import OneProcess, networks_of, training_work
 from evaluation.doctor.models import AUTOCAST, build_models, config_from_sections, with_precision
 from evaluation.metrics.features import EncoderStatistics, RandomStatistics, extract
-from evaluation.report import check_report, provenance, read_config, write_report
+from evaluation.report import Provenance, check_report, provenance, read_config, write_report
 from pipelines import MedVolumePipeline, SamplingConfig
 from pipelines.batch_generation import BatchConfig, generators_of
 from training import LdmTrainingStep, TrainLdmConfig, TrainVaeConfig, VaeTrainingStep
@@ -71,12 +71,36 @@ from volumes.data.cases import Case
 from volumes.description import NumberStats
 from volumes.devices import find_device
 
-from .cluster_plan import Costs, Job, StepCost, plan
+from .cluster_plan import Costs, Job, Plan, StepCost, plan
 from .generation import seconds_of as seconds_until_done
 
 NOTE = "costs of the device below, in one process; the plans are arithmetic, and no cluster has run them"
 Result = TypeVar("Result")
 CONDITIONS = ("num_labels", "classes", "numbers", "images")
+
+
+class JobPlan(Plan):
+    """A plan, and the `Job` that it is for."""
+
+    job: dict[str, int]
+
+
+class Report(Provenance):
+    """The JSON file."""
+
+    benchmark: str
+    note: str
+    recipe: str
+    pipeline: str
+    device: str  # "cpu", or the name of the GPU
+    volumes: int  # that were measured
+    steps: int
+    shape: list[int]  # (X, Y, Z) of the volume of median size
+    costs: Costs
+    plans: list[JobPlan]
+    seconds: float
+    load_before: float
+    load_after: float
 
 
 class OneTrainer(OneProcess):
@@ -88,7 +112,7 @@ class OneTrainer(OneProcess):
         """Do nothing: losses are not scaled."""
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+def main(args: Sequence[str] | None = None) -> Report:
     """Measure, plan, write the report and return it."""
     options = parse(args)
     check_report(options.output)
@@ -101,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         Job(options.planned_volumes, options.generated, gpus, options.gpus_per_node, options.processes)
         for gpus in options.gpus
     ]
-    report: dict[str, Any] = {
+    report: Report = {
         "benchmark": "stages",
         "note": NOTE + ("; no GPU has run any of it" if device.type == "cpu" else ""),
         "recipe": options.recipe.name,
@@ -211,7 +235,7 @@ def encoded(dataset: VolumeDataset, pipe: MedVolumePipeline, config: TrainLdmCon
 
 
 def training_step(
-    sections: dict[str, Any],
+    sections: Mapping[str, object],
     data: DataConfig,
     shape: Sequence[int],
     device: torch.device,

@@ -8,7 +8,7 @@ part in it. Networks, steps, batches and seeds are equal. At the smaller size th
 there is one model. At the larger size there is one with and one without the shift, and each samples both ways, so that
 the effects in training and in sampling can be told apart.
 
-`unknown` needs no training: what noisy latents leave open of which of 64 phantoms they show, as a fraction of log 64,
+`unknown` needs no training: how unsure noisy latents leave it which of 64 phantoms they show, as a fraction of log 64,
 by Bayes' rule; this decides the structures that an ideal denoiser has to choose. `--seeds` alone measures only that.
 
 Losses are on phantoms that were not trained on, at fixed timesteps. Samples are compared with such phantoms by the
@@ -53,7 +53,7 @@ from torch import Tensor
 from diffusion import Conditions, LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.objectives import RECTIFIED_FLOW, TRAIN_STEPS, noisy_and_target, shift_of, shifted
 from evaluation.metrics.features import RandomStatistics
-from evaluation.report import check_report, provenance, write_report
+from evaluation.report import Provenance, check_report, provenance, write_report
 from training import OptimizerConfig
 from training.encoder_distance import kernel_distance
 from training.engine.learner import Learner
@@ -83,7 +83,7 @@ class Row(TypedDict):
     samples: dict[str, dict[str, Distance]]
 
 
-class Report(TypedDict):
+class Report(Provenance):
     """The JSON file. `unknown` is by side, by how timesteps are shifted, and by timestep."""
 
     steps: int
@@ -93,9 +93,6 @@ class Report(TypedDict):
     unknown: dict[str, dict[str, dict[str, float]]]
     models: list[Row]
     load: float
-    command: str
-    date: str
-    machine: dict[str, str]
 
 
 def latents(first: int, count: int, side: int) -> Tensor:
@@ -209,7 +206,6 @@ def main(args: Sequence[str] | None = None) -> None:
     small, large = options.sides
     rows: list[Row] = []
     runs = [(large, False), (large, True), (small, False)]
-    settings = {"steps": options.steps, "samples": options.samples, "shift_voxels": small**3, "batch": BATCH}
     shifts = {side: shift_of([side] * 3, small**3) for side in options.sides}
     powers = {"even": 0, "shifted": 1, "cube_root": 2 / 3}  # MAISI's is the cube root of the ratio of latent voxels
     exact = {
@@ -220,5 +216,14 @@ def main(args: Sequence[str] | None = None) -> None:
         if seed is not None:
             rows.append(measure(side, seed, small**3, shifting, options.steps, options.samples))
             print(rows[-1], flush=True)
-        report = {**settings, "unknown": exact, "models": rows, "load": os.getloadavg()[0], **provenance()}
+        report: Report = {
+            "steps": options.steps,
+            "samples": options.samples,
+            "shift_voxels": small**3,
+            "batch": BATCH,
+            "unknown": exact,
+            "models": rows,
+            "load": os.getloadavg()[0],
+            **provenance(),
+        }
         write_report(options.output, report)

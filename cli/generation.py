@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .command import ArgumentParser
-from .settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt
+from .settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, Share
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -20,9 +20,17 @@ def add_run_arguments(parser: ArgumentParser, per: str) -> None:
     parser.add_argument("--count", type=Number(PositiveInt), default=1, help=f"volumes per {per} (1)")
     parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps (the pipeline's, or 20)")
     guidance_help = (
-        "how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (the pipeline's, or 1)"
+        "how closely conditions are followed, for models trained for it; 0 to 1: no guidance (the pipeline's, or 1)"
     )
     parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), help=guidance_help)
+    interval_help = (
+        "noise levels between which guidance acts, such as 0.2 0.8; 1 is pure noise (the pipeline's, or all)"
+    )
+    parser.add_argument("--guidance_interval", nargs=2, type=Number(Share), metavar=("LO", "HI"), help=interval_help)
+    auto_help = "guidance away from the pipeline's weaker U-Net; 0 to 1 is none (the pipeline's, or 1)"
+    parser.add_argument("--autoguidance_scale", type=Number(NonNegativeFloat), help=auto_help)
+    weak_help = "folder of the weaker U-Net, or of its pipeline, in place of the pipeline's own"
+    parser.add_argument("--unet_weak", metavar="DIR", help=weak_help)
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     label_help = "read a label value, or a segment of this name, as a label of the model: 3=1 4=tumor GTV=tumor"

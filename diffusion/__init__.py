@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .folding import fold_mask, unfold_mask
     from .guidance import check_guidance
     from .images import fold_images, image_condition
-    from .latent_cache import LatentDataset, build_latent_cache, collate_latents
+    from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D

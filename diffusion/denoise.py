@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import UNCONDITIONED, Conditions, ConditionSchema
-from .guidance import Guidance, guidance_terms, guided
-from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
+from .guidance import Guidance, Guide, Interval, Prediction, interval_in_effect
+from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, noise_shares, spacing
 
 MAX_STEPS = 100_000
 MIN_SPAN = 0.9  # of the schedule, that the steps must cover
@@ -30,6 +30,21 @@ class StepChange:
 
 
 StepCallback = Callable[[int, Tensor, Tensor], StepChange | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Autoguidance:
+    """A weaker version of the U-Net, by which its predictions are guided (`guidance.autoguided`).
+
+    Attributes:
+        unet: predicts the same from the same latents and timesteps.
+        conditions: the batch's, as this U-Net takes them.
+        scale: up to 1 means none.
+    """
+
+    unet: nn.Module
+    conditions: Conditions
+    scale: float
 
 
 def set_timesteps(
@@ -49,40 +64,50 @@ def set_timesteps(
     if sigmas is not None and not (len(sigmas) and all(1 >= a > b for a, b in pairwise([*sigmas, 0]))):
         raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__
-    takes_sigmas = name.startswith("FlowMatch") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    takes_sigmas = is_flow(scheduler) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if sigmas is not None and not takes_sigmas:
         raise ValueError(f"{name} does not take sigmas: omit them, or use FlowMatchEulerDiscreteScheduler")
     if sigmas is not None:
         moved = spacing(scheduler.config) + [one for one in ("shift_terminal",) if scheduler.config[one] is not None]
-        if moved or scheduler.shift != 1:
-            moving = ", ".join([*moved, *(["shift"] if scheduler.shift != 1 else [])])
-            raise ValueError(f"sigmas are used unchanged, but {name}'s {moving} would change them; omit either")
-    if takes_sigmas:
-        even = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        schedule: dict[str, int] | dict[str, list[float]] = {"sigmas": even if sigmas is None else list(sigmas)}
+        moved += ["shift"] if getattr(scheduler, "shift", 1) != 1 else []
+        moved += ["flow_shift"] if scheduler.config.get("flow_shift", 1) != 1 else []
+        if moved:
+            raise ValueError(
+                f"sigmas are used unchanged, but {name}'s {', '.join(moved)} would change them; omit either"
+            )
+    schedule: dict[str, int] | dict[str, np.ndarray] | dict[str, list[float]]
+    if sigmas is not None:
+        schedule = {"sigmas": np.array(sigmas, np.float64) if name == UNIPC else list(sigmas)}
+    elif takes_sigmas and name != UNIPC:
+        schedule = {"sigmas": np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()}
     else:
         _check_span(scheduler, num_inference_steps)
         schedule = {"num_inference_steps": num_inference_steps}
     scheduler.set_timesteps(**schedule, device="cpu")  # to be looked at: the device may be one without data
     check_levels(scheduler, num_inference_steps if sigmas is None else len(sigmas), begins_anywhere=sigmas is not None)
     scheduler.set_timesteps(**schedule, device=device)
+    if is_flow(scheduler) and name in (DPM, UNIPC):
+        # diffusers rounds them down to whole numbers. The network would be told less noise than its input has, and
+        # leave the difference in the result.
+        exact = scheduler.sigmas[:-1] * scheduler.config["num_train_timesteps"]
+        scheduler.timesteps = exact.to(device)
     return scheduler.timesteps
 
 
 def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
-    """Check that the steps cover the schedule. Steps of v and eps, and those of diffusers' solvers on flows, are whole
-    numbers of training steps, rounded down. So 200 steps of a schedule of 300 are one training step long and begin at
-    199, where the sampler takes pure noise for half an image (DDIM: or step where they do not say).
+    """Check that the steps cover the schedule. Steps of v and eps are whole numbers of training steps, rounded down. So
+    200 steps of a schedule of 300 are one training step long and begin at 199, where the sampler takes pure noise for
+    half an image (DDIM: or step where they do not say).
 
     Raises: ValueError for more steps than were trained, and where rounding skips more than a tenth of the schedule,
     naming numbers of steps that fit.
     """
     config, name = scheduler.config, type(scheduler).__name__
     total, more = config["num_train_timesteps"], name in (DPM, UNIPC)
-    if is_flow(scheduler) and not more:  # whose timesteps are fractions
+    if is_flow(scheduler):  # whose timesteps are fractions
         return
     evenly = config["timestep_spacing"] != "leading" and name != "DDIMScheduler"
-    if is_flow(scheduler) or evenly or (more and spacing(config)):
+    if evenly or (more and spacing(config)):
         if num_inference_steps > total:
             raise ValueError(
                 f"num_inference_steps {num_inference_steps}: the model was trained with {total}; use {total}"
@@ -137,12 +162,15 @@ def denoise(
     conditions: Conditions,
     *,
     guidance_scale: Guidance = 1.0,
+    guidance_interval: Interval | None = None,
+    autoguidance: Autoguidance | None = None,
     schema: ConditionSchema = UNCONDITIONED,
     num_inference_steps: int = 20,
     sigmas: Sequence[float] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: StepCallback | None = None,
     progress: Callable[[int], Any] | None = None,
+    count_calls: Callable[[int], object] | None = None,
     image: Tensor | None = None,
     strength: float = 1.0,
     region: Tensor | None = None,
@@ -159,11 +187,15 @@ def denoise(
             where each step ends.
         conditions: the batch's.
         guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 means none.
+        guidance_interval: noise levels (lo, hi] in which guidance acts (`interval_in_effect`); elsewhere a step is one
+            network call. Default: all.
+        autoguidance: guidance by a weaker U-Net, beside `guidance_scale` and in the same interval.
         schema: the U-Net's `condition_schema`, by which conditions are guided by name.
-        sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
-        schedulers only).
+        sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (Euler and UniPC of
+            flows only).
         progress: called once, before the first step, with the number of timesteps; returns a tqdm bar or anything with
             its `update`.
+        count_calls: called at the end with the number of network calls for each sample.
         callback: called after each step with (step, timestep, latents); returns a `StepChange` for the following steps,
             or None.
         image: clean latents (B, C, h, w, d).
@@ -195,14 +227,18 @@ def denoise(
     def predict(noisy: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
         return unet(noisy, timestep, **given.as_kwargs(), **end, return_dict=False)[0]
 
-    prediction_of = guided(predict, guidance_terms(conditions, schema, guidance_scale))
+    levels = noise_shares(scheduler)[first:]
+    guide = Guide(predict, conditions, schema, guidance_scale, interval_in_effect(guidance_interval))
+    if autoguidance is not None:
+        guide.weak, guide.autoguidance = _weak_prediction(autoguidance), autoguidance.scale
     with nullcontext() if progress is None else progress(len(timesteps)) as bar:
         for step, timestep in enumerate(timesteps):
             scales = hasattr(scheduler, "scale_model_input")
             scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
             if is_map:
                 end["next_timestep"] = torch.zeros_like(timestep) if step + 1 == len(timesteps) else timesteps[step + 1]
-            latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
+            prediction = guide.at(levels[step])(scaled, timestep)
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
             if image is not None and region is not None:
                 last = step + 1 == len(timesteps)
                 known = image if last else noised(scheduler, image, noise, timesteps[step + 1])
@@ -214,7 +250,15 @@ def denoise(
                 continue
             latents = latents if change.latents is None else change.latents
             if change.guidance_scale is not None:
-                prediction_of = guided(predict, guidance_terms(conditions, schema, change.guidance_scale))
+                guide.rescale(change.guidance_scale)
             if change.stop:
                 break
+    if count_calls is not None:
+        count_calls(guide.calls)
     return latents
+
+
+def _weak_prediction(autoguidance: Autoguidance) -> Prediction:
+    """Return the predictions of the weaker U-Net under its conditions."""
+    unet, given = autoguidance.unet, autoguidance.conditions.as_kwargs()
+    return lambda latents, timestep: unet(latents, timestep, **given, return_dict=False)[0]

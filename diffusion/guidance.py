@@ -1,10 +1,13 @@
-"""Classifier-free guidance (Ho & Salimans 2022), for one scale or one per condition, in one call of the U-Net per step.
+"""Guidance of a U-Net's predictions: classifier-free guidance (Ho & Salimans 2022), for one scale or one per condition,
+and autoguidance by a weaker U-Net (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself"), at
+all noise levels or in an interval of them (Kynkaanniemi et al. 2024).
 
 A prediction without a condition is one with that condition absent, see `conditioning.ABSENT`.
 """
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -13,7 +16,13 @@ from torch import Tensor
 from .conditioning import Conditions, ConditionSchema
 
 Guidance = float | Mapping[str, float] | None
+Interval = tuple[float, float]
+Prediction = Callable[[Tensor, Tensor], Tensor]
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
+OF_CONDITIONS = (
+    "(up to 1 means no guidance, 2 to 5 are usual), or one per condition such as {'mask': 2.0}"  # in messages
+)
+LEVEL_ROUNDING = 1e-6  # of noise levels in float32
 
 
 def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float | dict[str, float]:
@@ -30,18 +39,50 @@ def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float |
     return _effective(scale, name)
 
 
-def _effective(scale: Any, name: str) -> float:
+def _effective(scale: Any, name: str, usual: str = OF_CONDITIONS) -> float:
     if scale is None:
         return 1.0
-    holds_one = getattr(scale, "ndim", None) == 0 and not getattr(scale, "is_meta", False)  # a number of numpy or torch
-    value = scale.item() if holds_one else scale
-    is_number = issubclass(type(value), Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= sys.float_info.max:
-        raise ValueError(
-            f"{name} must be a number of 0 or more (up to 1 means no guidance, 2 to 5 are usual), or one per "
-            f"condition such as {{'mask': 2.0}}; got {scale!r:.120}"
-        )
+    value = _number(scale)
+    if value is None or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a number of 0 or more {usual}; got {scale!r:.120}")
     return max(float(value), 1.0)
+
+
+def _number(value: Any) -> Any:
+    """Return a number of Python, numpy or torch as Python's; None for anything else."""
+    holds_one = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
+    value = value.item() if holds_one else value
+    return value if issubclass(type(value), Real) and not isinstance(value, bool) else None
+
+
+def autoguidance_in_effect(scale: Any) -> float:
+    """Return the scale of autoguidance that takes effect: 1.0, which is none, for None and for values from 0 to 1.
+
+    Raises: ValueError for a value that is not a finite number of at least 0.
+    """
+    return _effective(scale, "autoguidance_scale", "(up to 1 means no autoguidance, 1.5 to 3 are usual)")
+
+
+def interval_in_effect(interval: Any) -> Interval | None:
+    """Return the interval (lo, hi] of noise levels in which guidance acts; None for all levels, which (0, 1) means too.
+
+    A noise level is the share of noise in noise + signal, as in rectified flow: 1 is pure noise, 0 is clean. For v and
+    eps it is sigma / (1 + sigma) of their ratio sigma of noise to signal, so one interval means the same for all
+    objectives.
+
+    Raises: ValueError unless it is two numbers with 0 <= lo < hi <= 1.
+    """
+    if interval is None:
+        return None
+    is_list = not isinstance(interval, str | Mapping) and hasattr(interval, "__len__")
+    is_list = is_list and getattr(interval, "ndim", 1) == 1
+    ends = [_number(end) for end in interval] if is_list else []
+    if len(ends) != 2 or ends[0] is None or ends[1] is None or not 0 <= ends[0] < ends[1] <= 1:
+        raise ValueError(
+            "guidance_interval must be two noise levels (lo, hi) with 0 <= lo < hi <= 1, such as (0.2, 0.8), between "
+            f"which guidance acts (1 is pure noise); got {interval!r:.120}"
+        )
+    return None if (ends[0], ends[1]) == (0, 1) else (float(ends[0]), float(ends[1]))
 
 
 def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collection[str]) -> None:
@@ -87,12 +128,12 @@ def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guida
     return [(effect, conditions), (1 - effect, conditions.drop(given, schema))]
 
 
-def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Callable[[Tensor, Tensor], Tensor]:
+def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Prediction:
     """Return a function that maps (noisy latents, timestep) to the weighted sum of the predictions of all terms, from
     one call of `predict`.
     """
     weights = [weight for weight, _ in terms]
-    if len(terms) == 1:
+    if weights == [1]:
         return lambda latents, timestep: predict(latents, timestep, terms[0][1])
     stacked = Conditions.stack([conditions for _, conditions in terms])
 
@@ -101,3 +142,63 @@ def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Calla
         return sum(w * part for w, part in zip(weights, together.chunk(len(weights)), strict=True))  # pyright: ignore[reportReturnType]
 
     return call
+
+
+def autoguided(
+    predict: Predict, terms: Sequence[tuple[float, Conditions]], weak: Prediction, scale: float
+) -> Prediction:
+    """Return `guided` with a weaker model's prediction under all conditions added: e + (scale - 1) (e(all) - weak(all))
+    for the sum e of the terms, of which the first is e(all). Without other guidance that is Eq. 3 of Karras et al.
+    2024: scale e(all) + (1 - scale) weak(all).
+    """
+    (weight, conditions), *others = terms
+    strong = guided(predict, [(weight + scale - 1, conditions), *others])
+    return lambda latents, timestep: strong(latents, timestep) + (1 - scale) * weak(latents, timestep)
+
+
+@dataclass
+class Guide:
+    """The predictions of a network under the guidance of a call, step by step.
+
+    Attributes:
+        predict: the network.
+        conditions, schema, scale: as in `guidance_terms`.
+        interval: noise levels in which guidance acts, see `interval_in_effect`; None: all.
+        weak: predictions of a weaker network under all conditions; None for none.
+        autoguidance: scale of the guidance by `weak`, see `autoguided`.
+        calls: network calls so far for each sample, those of `weak` included.
+    """
+
+    predict: Predict
+    conditions: Conditions
+    schema: ConditionSchema
+    scale: Guidance = 1.0
+    interval: Interval | None = None
+    weak: Prediction | None = None
+    autoguidance: float = 1.0
+    calls: int = 0
+    _made: dict[bool, tuple[Prediction, int]] = field(default_factory=dict)
+
+    def rescale(self, scale: Guidance) -> None:
+        """Take another guidance scale for the steps that follow."""
+        self.scale, self._made = scale, {}
+
+    def at(self, level: float) -> Prediction:
+        """Return the prediction at this noise level (0 to 1), for one step: guided, or, outside of the interval, that
+        under the conditions alone, from one call. Adds to `calls`.
+        """
+        low, high = self.interval or (-1.0, 1.0)
+        inside = low + LEVEL_ROUNDING < level <= high + LEVEL_ROUNDING
+        if inside not in self._made:
+            self._made[inside] = self._make(inside)
+        prediction, calls = self._made[inside]
+        self.calls += calls
+        return prediction
+
+    def _make(self, acts: bool) -> tuple[Prediction, int]:
+        """Return the prediction with guidance or without, and its network calls."""
+        terms = guidance_terms(self.conditions, self.schema, self.scale if acts else None)
+        scale = autoguidance_in_effect(self.autoguidance)
+        if self.weak is None or scale == 1 or not acts:
+            return guided(self.predict, terms), len(terms)
+        return autoguided(self.predict, terms, self.weak, scale), len(terms) + 1

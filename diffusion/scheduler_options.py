@@ -297,13 +297,24 @@ def is_flow(scheduler: Scheduler) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
-def _levels(scheduler: Scheduler) -> Tensor:
+def noise_shares(scheduler: Scheduler) -> list[float]:
+    """Return the noise level at each of the timesteps that were set: the share of noise in noise + signal, in [0, 1],
+    which for flows is sigma.
+    """
+    levels = _levels(scheduler, stages=True)[:-1]
+    return (levels if is_flow(scheduler) else levels / (1 + levels)).tolist()
+
+
+def _levels(scheduler: Scheduler, *, stages: bool = False) -> Tensor:
     """Return the noise levels that are visited, and the final one: for flows the fraction of noise, else noise over
     signal.
+
+    Args:
+        stages: whether all timesteps count, those within the steps of a solver of order 2 too.
     """
     if hasattr(scheduler, "sigmas"):
         sigmas = scheduler.sigmas.double().cpu()
-        return torch.cat([sigmas[:-1][:: scheduler.order], sigmas[-1:]])
+        return torch.cat([sigmas[:-1][:: 1 if stages else scheduler.order], sigmas[-1:]])
     beyond = scheduler.timesteps.cpu().clamp(0, len(scheduler.alphas_cumprod) - 1)  # refused by its timestep
     alphas = scheduler.alphas_cumprod.double().cpu()[beyond].clamp_min(2**-24)  # as diffusers' others take the last
     return torch.cat([((1 - alphas) / alphas).sqrt(), torch.zeros(1).double()])

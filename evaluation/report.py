@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import jsonargparse
 
@@ -19,6 +19,7 @@ from cli.command import console_program
 from cli.config_files import check_config_file
 from cli.settings import NonNegativeFloat, Number
 from files.atomic import remove_leftovers, write_text
+from files.documents import read_object
 from files.locks import only_writer
 from files.shipped import expand_path
 from training.ldm_config import TrainLdmConfig
@@ -28,6 +29,7 @@ from volumes.data.config_parser import ConfigParser, config_files, data_of_run, 
 from volumes.data.preprocessing import inherited
 
 ROOT = Path(__file__).resolve().parents[1]
+Report = TypeVar("Report")  # a TypedDict
 
 
 class Machine(TypedDict):
@@ -117,6 +119,20 @@ def write_report(path: str | Path, report: Mapping[str, object]) -> Path:
         error.filename = str(path)  # Python does not name the file of a write that fails
         raise
     return path
+
+
+def read_report(path: Path, kind: type[Report], program: str) -> Report:
+    """Read a report that `write_report` wrote.
+
+    Args:
+        kind: TypedDict of the report.
+        program: that writes such reports, for the message.
+    Raises: ValueError naming the file if it is not such a report: not a JSON object, or without a key of `kind`.
+    """
+    content: Any = read_object(path)
+    if missing := sorted(getattr(kind, "__required_keys__", frozenset()) - content.keys()):
+        raise ValueError(f"{path}: has no {', '.join(missing)}; give a report of {program}")
+    return content
 
 
 @contextmanager

@@ -35,13 +35,14 @@ NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
-def atomic_files(*paths: Path) -> Iterator[list[Path]]:
+def atomic_files(*paths: Path, mode: int | None = None) -> Iterator[list[Path]]:
     """Yield temporary files that replace `paths`, in this order, when the block ends.
 
     If the block raises an error, the temporary files are removed.
 
     Args:
         paths: files of one folder, which is created. A link at one of them is replaced, not followed.
+        mode: rights of the files, such as 0o600; None: as the process makes files.
 
     Raises:
         FileExistsError: if one of them is a folder, a device such as /dev/null or a pipe, which would be lost.
@@ -55,6 +56,9 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
     with _hidden(folder) as hidden:
         unfinished = [hidden / NEW / path.name for path in paths]
         yield unfinished
+        if mode is not None:
+            for new in unfinished:
+                new.chmod(mode)
         sync(hidden / NEW)
         for new, path in zip(unfinished, paths, strict=True):
             os.replace(new, path)
@@ -62,15 +66,15 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary file that replaces `path`; see `atomic_files`."""
-    with atomic_files(path) as (unfinished,):
+    with atomic_files(path, mode=mode) as (unfinished,):
         yield unfinished
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically, and create its folder."""
-    with atomic_file(path) as unfinished:
+def write_text(path: Path, text: str, mode: int | None = None) -> None:
+    """Write a UTF-8 file atomically, of these rights (see `atomic_files`), and create its folder."""
+    with atomic_file(path, mode) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

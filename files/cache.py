@@ -1,10 +1,14 @@
-"""The cache on this machine: its folder, its limit, and what is removed first when it is full.
+"""The cache on this machine: its folder, who may read it, its limit, and what is removed first when it is full.
 
-$MEDVOLUME_CACHE (default: ~/.cache/medvolume) holds prepared volumes (`prepared/`, see volumes/prepared/) and copies of
-remote files (see `files.remote`). All of it can be made or fetched again. $MEDVOLUME_CACHE_LIMIT bounds it: a size such
-as 200GB or 1.5TiB, or a share of its disk such as 50%. The default is half of what the disk would have free without the
-cache. What was used least recently is removed first. A file that is open stays readable until it is closed, and the
-links of remote files that a running job uses stay (`pin`).
+$MEDVOLUME_CACHE (default: ~/.cache/medvolume) holds prepared volumes (`prepared/`, those of generated volumes in
+`generated/`, see volumes/prepared/), copies of remote files (see `files.remote`), and copies of remote latents. All of
+it can be made or fetched again. $MEDVOLUME_CACHE_LIMIT bounds it: a size such as 200GB or 1.5TiB, or a share of its
+disk such as 50%. The default is half of what the disk would have free without the cache. Generated volumes are removed
+first, then what was used least recently. A file that is open stays readable until it is closed, and the links of remote
+files that a running job uses stay (`pin`).
+
+It holds patients' data: its files can be read by this user alone, unless its folder may be written to by a group, which
+then shares it (`make_folder`, `file_mode`).
 """
 
 from __future__ import annotations
@@ -14,15 +18,13 @@ import logging
 import os
 import re
 import shutil
-import threading
+import stat
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .atomic import NO_LOCKS, remove_folder
-from .locks import one_at_a_time
 
 try:
     import fcntl
@@ -32,12 +34,14 @@ except ImportError:  # Windows: links of remote files are never removed there
 logger = logging.getLogger(__name__)
 LIMIT = "MEDVOLUME_CACHE_LIMIT"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGTP]?i?B)", re.IGNORECASE)
-WRITERS = 64  # processes that may write to one cache between two looks at its size, without exceeding its limit
 TOUCHED_AGAIN = 60.0  # seconds
 VIEW = re.compile(r"@[0-9a-f]{16}")  # the name of a folder of links to copies of remote files
 # Only files of these names are removed: people put other things into the folder, such as their runs.
 VOXELS, COPY = re.compile(r"[0-9a-f]{40}\.safetensors"), re.compile(r"[0-9a-f]{32}")
-OWN = ("files", "digests", "prepared", "sources")  # folders that are no protocol's
+LATENTS = re.compile(r"\d+_\d+\.safetensors")
+OF_URL = ".copied"  # file in a folder of copies of remote latents; other folders of latents are no copies
+PREPARED, GENERATED = "prepared", "generated"
+OWN = ("files", "digests", PREPARED, GENERATED, "sources", "room")  # folders that are no protocol's
 COPYING = ".copying"  # the file that a process locks while it copies remote files
 PINNED = ".in-use"  # suffix of the file beside a folder of links that its jobs lock
 
@@ -46,6 +50,39 @@ def cache_root() -> Path:
     """Return the folder of the cache."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "medvolume"
     return Path(os.environ.get("MEDVOLUME_CACHE") or usual).expanduser().resolve()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, and those above it.
+
+    Only this user may enter them, or the group that shares the cache (`file_mode`). A folder that is there keeps its
+    rights.
+    """
+    root = cache_root()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, exist_ok=True)
+    for place in reversed([folder, *folder.parents]):
+        if not place.exists():
+            with contextlib.suppress(FileExistsError):  # another process was first
+                place.mkdir(mode=0o700)
+                place.chmod(folder_mode())
+
+
+def folder_mode() -> int:
+    """Return the rights of new folders in the cache, see `file_mode`."""
+    return 0o2770 if _shared_by_group() else 0o700
+
+
+def file_mode() -> int:
+    """Return the rights of files in the cache: of this user alone, or of the group that may write to its folder."""
+    return 0o660 if _shared_by_group() else 0o600
+
+
+def _shared_by_group() -> bool:
+    try:
+        return bool(cache_root().stat().st_mode & stat.S_IWGRP)
+    except OSError:
+        return False
 
 
 def parse_size(text: str, disk: int) -> int:
@@ -67,7 +104,7 @@ def parse_size(text: str, disk: int) -> int:
 def cache_limit(root: Path, used: int) -> int:
     """Return how many bytes the cache in `root`, which holds `used` bytes, may hold.
 
-    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is no size.
+    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is not a size.
     """
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     disk = shutil.disk_usage(there)
@@ -88,9 +125,15 @@ def touch(path: Path) -> None:
 _touched: dict[Path, float] = {}
 
 
+def mark(path: Path) -> None:
+    """Make an empty file of the cache, or note that it is used now."""
+    _open(path).close()
+    os.utime(path)
+
+
 def pin(view: Path) -> None:
     """Keep a folder of links to copies of remote files from being removed, until this process ends."""
-    if view not in _pinned and (held := _shared(view.with_name(f".{view.name}{PINNED}"))) is not None:
+    if view not in _pinned and (held := _shared(_pin_of(view))) is not None:
         os.utime(held.name)
         _pinned[view] = held
 
@@ -112,7 +155,7 @@ def copying() -> Iterator[None]:
 def _shared(lock: Path) -> BinaryIO | None:
     """Hold a lock that others may hold too, until the file is closed; None if the file system cannot lock."""
     while fcntl is not None:
-        file = lock.open("ab")
+        file = _open(lock)
         try:
             fcntl.flock(file, fcntl.LOCK_SH)
             if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
@@ -126,13 +169,20 @@ def _shared(lock: Path) -> BinaryIO | None:
     return None
 
 
+def _open(path: Path) -> BinaryIO:
+    file = path.open("ab")
+    with contextlib.suppress(PermissionError):  # another user's, of a shared cache
+        path.chmod(file_mode())
+    return file
+
+
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[bool]:
+def alone(lock: Path) -> Iterator[bool]:
     """Yield whether no process holds the lock, and keep it from being taken during the block."""
     if fcntl is None:
         yield False
         return
-    with lock.open("ab") as file:
+    with _open(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # a job uses it, or the file system cannot lock
@@ -142,75 +192,48 @@ def _alone(lock: Path) -> Iterator[bool]:
 
 
 class Removable(NamedTuple):
-    """A file, or a folder of links, that may be removed: when it was used last, and its bytes (0 of links)."""
+    """A file, or a folder of links, that may be removed.
 
+    In the order of removal: generated volumes first (`kept` is False), then by the time of last use. `size` is in bytes
+    (0 of links).
+    """
+
+    kept: bool
     used: float
     path: Path
     size: int
 
 
-@contextlib.contextmanager
-def room_for(nbytes: int) -> Iterator[bool]:
-    """Make room for `nbytes` more bytes, and yield whether there is room. Write them in the block.
-
-    While the cache is nearly full, one process writes at a time, so that all of them together stay below the limit.
-
-    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is no size; OSError if the cache cannot be written to.
-    """
-    root, limit = cache_root(), os.environ.get(LIMIT)
-    with _guard:
-        seen = _seen.get(root)
-        roomy = seen is not None and seen.limit == limit and (seen.written + nbytes) * WRITERS <= seen.room
-        if seen is not None and roomy:
-            seen.written += nbytes
-    if roomy:
-        yield True
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(root / ".room.lock"):
-        room = _make_room(root, nbytes)
-        with _guard:
-            _seen[root] = _Seen(room, nbytes, limit)
-        yield room >= nbytes
-
-
-@dataclass
-class _Seen:
-    """What this process knows of a cache: the room at its last look, the bytes that it wrote since, and the limit."""
-
-    room: int
-    written: int
-    limit: str | None
-
-
-_seen: dict[Path, _Seen] = {}
-_guard = threading.Lock()
-
-
-def _make_room(root: Path, nbytes: int) -> int:
-    """Remove what was used least recently until `nbytes` more fit. Return the bytes that may be written now."""
-    used, removable = contents(root)
-    limit = cache_limit(root, used)
-    if nbytes > limit:
-        return limit - used
-    for one in sorted(removable):
-        if used + nbytes <= limit:
-            break
-        used -= _remove(root, one)
-    return limit - used
-
-
 def contents(root: Path) -> tuple[int, list[Removable]]:
     """Return the bytes that the cache holds, and what may be removed of it."""
-    prepared = _files(root / "prepared", VOXELS)
-    used = sum(one.size for one in [*prepared, *_files(root / "files", COPY)])
+    removable = _files(root / PREPARED, VOXELS)
+    removable += [one._replace(kept=False) for one in _files(root / GENERATED, VOXELS)]
+    views = []
     if root.is_dir():
         for place in (one for one in root.iterdir() if one.name not in OWN and one.is_dir() and not one.is_symlink()):
-            for folder, folders, _ in os.walk(place):
-                views = [name for name in folders if VIEW.fullmatch(name)]
+            for folder, folders, files in os.walk(place):
+                views += [Path(folder, name) for name in folders if VIEW.fullmatch(name)]
                 folders[:] = [name for name in folders if not VIEW.fullmatch(name) and not name.startswith(".")]
-                prepared += [Removable(_last_use(Path(folder, name)), Path(folder, name), 0) for name in views]
-    return used, prepared
+                if OF_URL in files:
+                    removable += _files(Path(folder), LATENTS)
+    used = sum(one.size for one in [*removable, *_files(root / "files", COPY)])
+    return used, removable + [Removable(True, _last_use(view), view, 0) for view in views]
+
+
+def pinned_bytes(removable: Iterable[Removable]) -> int:
+    """Return the bytes of copies of remote files that running jobs use: of all that `contents` returns, they stay."""
+    sizes: dict[int, int] = {}
+    for view in (one.path for one in removable if VIEW.fullmatch(one.path.name)):
+        lock = _pin_of(view)
+        if not lock.exists():
+            continue
+        with alone(lock) as unused:
+            for folder, _, files in os.walk(view) if not unused else ():
+                for name in files:
+                    with contextlib.suppress(FileNotFoundError):
+                        found = Path(folder, name).lstat()
+                        sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def _files(folder: Path, name: re.Pattern[str]) -> list[Removable]:
@@ -221,26 +244,34 @@ def _files(folder: Path, name: re.Pattern[str]) -> list[Removable]:
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
                 if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
-                    found.append(Removable(max(status.st_atime, status.st_mtime), Path(entry.path), status.st_size))
+                    used = max(status.st_atime, status.st_mtime)
+                    found.append(Removable(True, used, Path(entry.path), status.st_size))
     return found
 
 
+def _pin_of(view: Path) -> Path:
+    """Return the file that the jobs that use a folder of links lock."""
+    return view.with_name(f".{view.name}{PINNED}")
+
+
 def _last_use(view: Path) -> float:
-    lock = view.with_name(f".{view.name}{PINNED}")
+    lock = _pin_of(view)
     try:
         return (lock if lock.exists() else view).stat().st_mtime
     except FileNotFoundError:
         return 0.0
 
 
-def _remove(root: Path, one: Removable) -> int:
+def remove(root: Path, one: Removable) -> int:
     """Remove a file, or links and the copies that nothing else links to. Return the bytes that became free."""
     if not VIEW.fullmatch(one.path.name):
         one.path.unlink(missing_ok=True)
+        if not one.kept:
+            one.path.with_suffix(".json").unlink(missing_ok=True)
         logger.info("%s: removed from the cache, which is full", one.path)
         return one.size
-    lock = one.path.with_name(f".{one.path.name}{PINNED}")
-    with _alone(root / COPYING) as nobody_copies, _alone(lock) as unused:
+    lock = _pin_of(one.path)
+    with alone(root / COPYING) as nobody_copies, alone(lock) as unused:
         if not (nobody_copies and unused):
             return 0
         remove_folder(one.path)

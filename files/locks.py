@@ -62,9 +62,12 @@ def only_writer(
 
 
 @contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait for the file `lock` and hold it until the end of the block; do not wait if the file system cannot lock."""
-    held = FileLock(lock, fallback_to_soft=False)
+def one_at_a_time(lock: Path, mode: int = 0o600) -> Iterator[None]:
+    """Wait for the file `lock`, made with these rights, and hold it until the end of the block.
+
+    Do not wait if the file system cannot lock.
+    """
+    held = FileLock(lock, mode=mode, fallback_to_soft=False)
     try:
         held.acquire()
     except OSError as error:

@@ -9,6 +9,8 @@ both. Copies are in $MEDVOLUME_CACHE (default: ~/.cache/medvolume):
     s3/bucket/folder/@<digest>/...  the folder as it was listed, as hard links to these files; it never changes, and is
                                     not removed while a job uses it (see `files.cache`)
 
+Copies can be read by this user alone, or by the group that shares the cache (`files.cache.file_mode`).
+
 Credentials, endpoints and options come from fsspec (environment, ~/.config/fsspec, ~/.aws, ...), never from a URL or
 config.
 """
@@ -38,9 +40,10 @@ from .atomic import (
     remove_leftovers,
     write_text,
 )
-from .cache import LIMIT, cache_root, copying, pin, room_for
+from .cache import LIMIT, cache_root, copying, file_mode, folder_mode, make_folder, pin
 from .locks import one_at_a_time
 from .names import nfc, tidy
+from .room import room_for
 
 logger = logging.getLogger(__name__)
 
@@ -146,19 +149,18 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
     files = cache_root() / "files"
     sizes = {versions[name]: _size(url, name, file) for name, file in needed.items()}
     try:
-        files.mkdir(parents=True, exist_ok=True)
-        place.mkdir(parents=True, exist_ok=True)
+        for parent in (files, cache_root() / "digests", place):
+            make_folder(parent)
         with ThreadPoolExecutor(CONNECTIONS) as threads:  # not under the lock: each process checks the copies itself
             list(threads.map(lambda version: _is_whole(files / version, sizes[version]), sizes))
         pin(folder)
-        with one_at_a_time(place / ".lock"):  # one process fetches, the others find it there
+        with one_at_a_time(place / ".lock", file_mode()):  # one process fetches, the others find it there
             for parent in (files, cache_root() / "digests", place):
                 remove_leftovers(parent)
             absent = [size for version, size in sizes.items() if not (files / version).exists()]
-            with room_for(sum(absent)) as fits:
+            with room_for(sum(absent), anyway=True) as fits, copying():
                 if not fits:
                     logger.warning("%s: its copies exceed the limit of the cache (see $%s)", url, LIMIT)
-            with copying():
                 missing = [name for name in needed if not _is_whole(files / versions[name], sizes[versions[name]])]
                 _fetch_all(url, {name: files / versions[name] for name in missing}, sizes)
                 if missing:
@@ -310,8 +312,8 @@ def _pieces(url: str, name: str, system: fsspec.AbstractFileSystem, path: str) -
 
 def _fetch(url: str, name: str, size: int, target: Path) -> None:
     seconds = int(target.name[:8], 16) >> 1  # of this version, the same on every machine: keys are made of files' times
-    with atomic_file(target) as unfinished:
-        write_text(_written(target), download(url, name, size, unfinished, seconds))
+    with atomic_file(target, file_mode()) as unfinished:
+        write_text(_written(target), download(url, name, size, unfinished, seconds), file_mode())
 
 
 def _failed(url: str, what: str, error: Exception) -> ValueError:
@@ -388,9 +390,10 @@ def _link_all(links: Mapping[Path, Path], folder: Path) -> None:
     """Fill `folder` with hard links to files, {link: file}; links that are already right stay."""
     if not folder.exists():
         with atomic_folder(folder) as unfinished:
+            unfinished.chmod(folder_mode())
             for link, file in links.items():
                 place = unfinished / link.relative_to(folder)
-                place.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(place.parent)
                 os.link(file, place)
         return
     for link, file in links.items():

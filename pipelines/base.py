@@ -12,18 +12,18 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
-from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
+from diffusion import Conditions, LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
-from diffusion.denoise import set_timesteps
+from diffusion.denoise import Autoguidance, set_timesteps
 from diffusion.distillation import check_guidance_of_student
-from diffusion.guidance import Guidance
+from diffusion.guidance import Guidance, autoguidance_in_effect
 from diffusion.scheduler_options import Scheduler
 from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition
 from pipelines.inputs.images import check_images, describe_images
 from pipelines.inputs.masks import describe_mask
 from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
 from pipelines.inputs.request import VolumeRequest
-from pipelines.storage.loading import check_components, check_fit
+from pipelines.storage.loading import check_autoguidance, check_components, check_fit, check_weak
 from pipelines.storage.output import MedVolumePipelineOutput, check_paths
 from pipelines.storage.provenance import (
     channel_files,
@@ -74,7 +74,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     `MedVolumePipeline` and `MedVolumeEditPipeline` give it their calls.
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "unet->unet_weak->vae"
+    _optional_components = ["unet_weak"]
 
     def __init__(
         self,
@@ -82,9 +83,10 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         unet: LatentUNet3D,
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,
+        unet_weak: LatentUNet3D | None = None,
     ):
         super().__init__()
-        check_components({"vae": vae, "unet": unet, "scheduler": scheduler})
+        check_components({"vae": vae, "unet": unet, "scheduler": scheduler, "unet_weak": unet_weak})
         if data is None:  # diffusers takes an argument without a default for a module
             name = type(self).__name__
             raise ValueError(
@@ -93,7 +95,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             )
         self._data = data if isinstance(data, DataDescription) else DataDescription.from_json(data)
         check_fit(vae, unet, self._data)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        if unet_weak is not None:
+            check_weak(unet, unet_weak)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, unet_weak=unet_weak)
         self.register_to_config(data=self._data.to_json())
         self.volume_processor = VolumeProcessor(self._data, vae.stride)
         residual_noise = self._data.residual_noise
@@ -113,6 +117,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         """
         self._check_requests(requests)
         sampling = sampling.filled(self.sampling_settings)
+        check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
         self._timed_scheduler(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
@@ -178,6 +183,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         label_map = {str(value): target for value, target in (request.label_map or {}).items()}
         of_box = None if request.mask is None else request.image_of_box(self.data.crop)
         of_box = of_box if of_box is request.box_image else None  # others are recorded as images
+        autoguidance = autoguidance_in_effect(sampling.autoguidance_scale)
         return GenerationRecord(
             software=software(),
             model=self.model_hash,
@@ -185,6 +191,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             num_inference_steps=sampling.steps,
             sigmas=sampling.sigmas,
             guidance_scale=recorded_guidance(sampling.guidance_scale),
+            guidance_interval=sampling.interval,
+            autoguidance_scale=None if autoguidance == 1 else autoguidance,
+            unet_weak=None if autoguidance == 1 else self.unet_weak_hash,
             settings_from=sampling.settings_from,
             scheduler=self._recorded_scheduler(sampling),
             dtype=self._dtypes(),
@@ -231,7 +240,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             raise ValueError(
                 "the volumes were prepared for other sampling settings, which their records name; prepare them again"
             )
-        check_attention_backend(self.unet, self._execution_device)
+        networks = self._networks(sampling)
+        for unet in networks:
+            check_attention_backend(unet, self._execution_device)
         samples = self._samples(volumes, generators, latents, paths, output_type)
         grids = {sample.prepared.shape: sample.prepared.grid for sample in samples}
         schedulers = {shape: self._timed_scheduler(sampling, grid) for shape, grid in grids.items()}
@@ -241,7 +252,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             return recorded_guidance(scale)
 
         in_effect(sampling.guidance_scale)
-        with self._call_state() as state, one_at_a_time(self.vae, self.unet):
+        with self._call_state() as state, one_at_a_time(self.vae, *networks):
             device = self._execution_device
             encoded = {grid: self._encode(grid) for grid in dict.fromkeys(volume.grid for volume in volumes)}
             for numbers in equal_batches([sample.prepared.shape for sample in samples], sampling.batch_size):
@@ -253,25 +264,42 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 state.guidance_scale = sampling.guidance_scale
                 callback = StepCallback(self, state, step_end or StepEnd(), in_effect)
                 images = [encoded[sample.prepared.grid].condition for sample in batch]
+                prepared, calls = [sample.prepared for sample in batch], []
+                conditions = [condition_tensors(unet, prepared, device, images) for unet in networks]
                 denoised = denoise(
                     self.unet,
                     initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
                     schedulers[batch[0].prepared.shape],
-                    condition_tensors(self.unet, [sample.prepared for sample in batch], device, images),
+                    conditions[0],
                     guidance_scale=sampling.guidance_scale,
+                    guidance_interval=sampling.interval,
+                    autoguidance=self._autoguidance(sampling, conditions),
                     schema=self.unet.condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
                     generator=[sample.generator for sample in batch],
                     callback=callback,
                     progress=callback.bar,
+                    count_calls=calls.append,
                     **self._start(batch, encoded),
                 )
                 for sample, latent in zip(batch, denoised, strict=True):
-                    sample.record = replace(sample.record, callback=callback.changes or None)
+                    sample.record = replace(sample.record, callback=callback.changes or None, network_calls=calls[0])
                     self._finish(sample, latent, output_type, sampling.residual_noise)
             self.maybe_free_model_hooks()
         return samples
+
+    def _networks(self, sampling: SamplingConfig) -> list[LatentUNet3D]:
+        """The U-Nets of a call: the pipeline's, and with autoguidance the weaker one."""
+        if autoguidance_in_effect(sampling.autoguidance_scale) == 1:
+            return [self.unet]
+        return [self.unet, self.unet_weak]
+
+    def _autoguidance(self, sampling: SamplingConfig, conditions: Sequence[Conditions]) -> Autoguidance | None:
+        """The guidance by the weaker U-Net, with the batch's conditions of each of `_networks`; None without it."""
+        if len(conditions) == 1:
+            return None
+        return Autoguidance(self.unet_weak, conditions[1], autoguidance_in_effect(sampling.autoguidance_scale))
 
     def _samples(
         self,

@@ -35,10 +35,10 @@ class EditConfig(RunConfig):
 
     Attributes:
         images: the words of --image, see `edit_files.named_images`.
-        edits: a table in the place of images, mask, region and name.
+        edits: a table, instead of images, mask, region and name.
         strength: None: 1, for edits with a region.
         lesion: changes the mask, and sets the region.
-        rows: the edits themselves, in the place of all these.
+        rows: the edits themselves, instead of all these.
     """
 
     images: Sequence[str] = ()

@@ -3,6 +3,7 @@ all."""
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -50,11 +51,12 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(ABC):
     """What all commands that generate have in common, see `generate.py --help`.
 
     Attributes:
         count: volumes per request.
+        unet_weak: folder of the weaker U-Net of autoguidance; None for the pipeline's own.
         exports: (format, folder) of each data set that the volumes are exported to, see `pipelines.export`.
     """
 
@@ -65,12 +67,14 @@ class RunConfig:
     seed: int = 0
     label_map: LabelMap = field(default_factory=dict)
     lora: str | None = None
+    unet_weak: str | None = None
     max_attempts: int = 10
     wait_minutes: float = 0.0
     precision: str = "no"
     exports: Sequence[tuple[str, Path]] = ()
     pipeline_class: ClassVar[type[VolumePipeline]] = MedVolumePipeline
 
+    @abstractmethod
     def requests(
         self, load: Callable[[], VolumePipeline], say: Callable[[str], object] = print
     ) -> Sequence[VolumeRequest]:
@@ -80,7 +84,6 @@ class RunConfig:
             load: returns the pipeline, which is loaded when it is first needed: it may be a download.
             say: prints a line, once for all processes.
         """
-        raise NotImplementedError
 
     def rejection(self, pipe: VolumePipeline, requests: Sequence[VolumeRequest]) -> Rejection | None:
         """Return the checks that volumes must pass, if there are any."""
@@ -96,7 +99,7 @@ class BatchConfig(RunConfig):
         masks: folders, patterns or files; without them, `conditions` and `data`, `count` volumes are generated.
         mask_pipeline: a pipeline that generates `count` masks first.
         conditions: a table.
-        data: a data set, of whose cases in `splits` the masks and conditions are taken.
+        data: a data set; the masks and conditions of its cases in `splits` are taken.
         copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
     """
 
@@ -206,9 +209,12 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         pipeline=config.mask_pipeline,
         mask_pipeline=None,
         output=folder,
-        sampling=replace(config.sampling, guidance_scale=None),  # that of the volumes
+        sampling=replace(  # guidance is that of the volumes
+            config.sampling, guidance_scale=None, guidance_interval=None, autoguidance_scale=None
+        ),
         label_map={},
         lora=None,
+        unet_weak=None,
         copy_check=None,
         exports=(),
     )
@@ -254,6 +260,8 @@ def load_pipeline(config: RunConfig, device: torch.device | None) -> VolumePipel
     pipe.set_progress_bar_config(disable=True)
     if config.lora:
         pipe.load_lora_weights(config.lora)
+    if config.unet_weak:
+        pipe.load_unet_weak(config.unet_weak)
     return pipe
 
 

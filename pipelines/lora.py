@@ -378,8 +378,9 @@ class LoraMixin(LoraBaseMixin):
 
     @property
     def training_subjects(self) -> Sequence[Mapping[str, Any]]:
-        """Records of the training subjects of autoencoder, U-Net and attached LoRAs, see `volumes.data.subjects`."""
-        parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
+        """Records of the training subjects of autoencoder, U-Nets and attached LoRAs, see `volumes.data.subjects`."""
+        models = [self.vae, self.unet, *([] if self.unet_weak is None else [self.unet_weak])]
+        parts = [model.config.get("subjects") for model in models]
         return join_records(*parts, *self._lora_subjects().values())
 
     def _check_not_compiled(self, what: str) -> None:

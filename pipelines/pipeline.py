@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 
@@ -39,6 +40,8 @@ class MedVolumePipeline(VolumePipeline):
         unet: trained latent U-Net; its config holds objective and number of labels.
         scheduler: any of diffusers' that speaks the objective, see `diffusion.fit_scheduler`.
         data: the description of the training set (`volumes.describe`), or its JSON, which model_index.json keeps.
+        unet_weak: a weaker version of the U-Net for `autoguidance_scale`, such as a smaller one, or an earlier
+            checkpoint.
     """
 
     @torch.no_grad()
@@ -52,6 +55,8 @@ class MedVolumePipeline(VolumePipeline):
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: Guidance = None,
+        guidance_interval: Sequence[float] | None = None,
+        autoguidance_scale: float | None = None,
         num_volumes_per_mask: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -82,12 +87,18 @@ class MedVolumePipeline(VolumePipeline):
                 array: its voxels in the order of the mask's file); without mask and shape its grid is the volume's.
             num_inference_steps: steps of the scheduler. Default: those of the pipeline (`pipe.sampling_settings`, from
                 sampling.json in its folder), or 20.
-            sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
+            sigmas: noise levels to visit instead, in (0, 1] and falling (Euler or UniPC of a flow); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
                 less from each other; from 0 to 1 there is no guidance, as in diffusers. One number, or one per
                 condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
                 Default: that of the pipeline, as for the steps, or 1.
+            guidance_interval: noise levels (lo, hi] in which guidance acts, such as (0.2, 0.8), 1 being pure noise and
+                0 clean; a step elsewhere is one network call (Kynkaanniemi et al. 2024). (0, 1) is all. Default: that
+                of the pipeline, or all.
+            autoguidance_scale: above 1, guidance away from the pipeline's weaker U-Net (`unet_weak`), under the same
+                conditions (Karras et al. 2024); it adds to `guidance_scale`, and one network call to a step. Default:
+                that of the pipeline, or 1, which is none.
             num_volumes_per_mask: volumes per mask (with `shape`, per dict).
             generator: one per volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
                 volumes one seed each is taken from it, see `sampling.sample_generators`. A volume depends on its own
@@ -126,7 +137,8 @@ class MedVolumePipeline(VolumePipeline):
         """
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size)
+        guidance: Any = {"guidance_interval": guidance_interval, "autoguidance_scale": autoguidance_scale}
+        sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **guidance)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image)
         volumes = [volume for volume in self.prepare(requests, sampling) for _ in range(per_mask)]

@@ -1,6 +1,7 @@
 """How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its
 result depends on no other volume of the call."""
 
+from argparse import Namespace
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,13 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusion.guidance import Guidance, guidance_in_effect
+from diffusion.guidance import (
+    Guidance,
+    Interval,
+    autoguidance_in_effect,
+    guidance_in_effect,
+    interval_in_effect,
+)
 from diffusion.scheduler_options import MIN_NOISE
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
@@ -19,6 +26,7 @@ from pipelines.storage.sampling_settings import SamplingSettings
 from volumes.formats.carriers import as_array
 
 DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
+OF_PIPELINE = ("num_inference_steps", "guidance_scale", "guidance_interval", "autoguidance_scale")  # in sampling.json
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -28,11 +36,14 @@ class SamplingConfig:
 
     Args:
         num_inference_steps: denoising steps; None for the pipeline's own, see `filled`.
-        sigmas: noise levels of the steps in place of evenly spaced ones, for FlowMatch schedulers.
+        sigmas: noise levels of the steps in place of evenly spaced ones, for Euler and UniPC of flows.
         guidance_scale: of classifier-free guidance, one for all conditions or {name: scale}, 0 to 1 for none; None for
             the pipeline's own.
         residual_noise: whether the residual noise of the autoencoder is added, for a model that measured it.
         batch_size: volumes of one shape that are denoised together.
+        guidance_interval: noise levels (lo, hi] in which guidance acts, (0, 1) for all; None for the pipeline's own.
+        autoguidance_scale: of the guidance by the pipeline's weaker U-Net, 0 to 1 for none; None for the pipeline's
+            own.
         settings_from: where steps and guidance came from, which `filled` notes.
     Raises: ValueError naming the argument.
     """
@@ -42,6 +53,8 @@ class SamplingConfig:
     guidance_scale: Guidance = None
     residual_noise: bool = True
     batch_size: int = 8
+    guidance_interval: Interval | None = None
+    autoguidance_scale: float | None = None
     settings_from: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -55,19 +68,26 @@ class SamplingConfig:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         guidance_in_effect(self.guidance_scale)  # its names are checked where the conditions are known
+        autoguidance_in_effect(self.autoguidance_scale)
+        if self.guidance_interval is not None:
+            interval = interval_in_effect(self.guidance_interval) or (0.0, 1.0)
+            object.__setattr__(self, "guidance_interval", interval)
 
     def filled(self, own: SamplingSettings) -> "SamplingConfig":
         """The same with the pipeline's `own` settings, or else the defaults, where it has none; and where they came
-        from: {"num_inference_steps": "call", "guidance_scale": "pipeline" or "default"}."""
+        from: {"num_inference_steps": "call", "guidance_scale": "pipeline" or "default"}, and the same for the interval
+        and autoguidance where either has them."""
         if self.settings_from is not None:
             return self
-        asked = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        asked: dict[str, Any] = {name: getattr(self, name) for name in OF_PIPELINE}
         if self.sigmas is not None:
             asked["num_inference_steps"] = len(self.sigmas)
         values = {name: value for name, value in asked.items() if value is not None}
         of_pipeline = own.to_json()
         places = {
-            name: "call" if name in values else "pipeline" if name in of_pipeline else "default" for name in asked
+            name: "call" if name in values else "pipeline" if name in of_pipeline else "default"
+            for name in asked
+            if name in {**DEFAULTS, **of_pipeline, **values}
         }
         return replace(self, **{**DEFAULTS, **of_pipeline, **values}, settings_from=places)
 
@@ -83,7 +103,16 @@ class SamplingConfig:
     @property
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
-        return self.steps, self.sigmas, self.guidance_scale, self.residual_noise
+        guidance = self.guidance_scale, self.interval, autoguidance_in_effect(self.autoguidance_scale)
+        return self.steps, self.sigmas, *guidance, self.residual_noise
+
+    @property
+    def interval(self) -> Interval | None:
+        """The noise levels in which guidance acts; None for all, and where there is no guidance."""
+        unguided = guidance_in_effect(self.guidance_scale) in (1.0, {})
+        if unguided and autoguidance_in_effect(self.autoguidance_scale) == 1:
+            return None
+        return interval_in_effect(self.guidance_interval)
 
     def check_start(self) -> None:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
@@ -92,6 +121,17 @@ class SamplingConfig:
                 f"sigmas begin at {self.sigmas[0]:g}, which treats pure noise as an image; begin at 1, or give the "
                 "`latents` (or an image and strength) that have so little noise"
             )
+
+
+def sampling_of(options: Namespace) -> SamplingConfig:
+    """The settings of a command line, see `cli.generation`. Raises: ValueError for an interval that is none."""
+    return SamplingConfig(
+        options.steps,
+        guidance_scale=options.guidance_scale,
+        batch_size=options.batch_size,
+        guidance_interval=None if options.guidance_interval is None else tuple(options.guidance_interval),
+        autoguidance_scale=options.autoguidance_scale,
+    )
 
 
 @dataclass(eq=False)

@@ -6,8 +6,7 @@ Axes: (C, X, Y, Z) in RAS+ order. Intensities are in [-1, 1] inside the model an
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +60,7 @@ from volumes.plausible import resampling_oddities
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
 SPACING_TOLERANCE = 0.01  # relative; a mask within it is taken as it is
 WHOLE_UNITS = 256  # a window at least this wide, with whole limits, loses nothing by rounding: int16
-TOUCHED = 1e-3  # of a voxel: resampled, it belongs to a region of which it holds more than that
+TOUCHED = 1e-3  # of a voxel: resampled, it belongs to a region that fills more than this part of it
 
 
 class VolumeProcessor:
@@ -131,16 +130,6 @@ class VolumeProcessor:
         return load_images(
             images, target, self.affine, reading=self.reading, reference=self.reference, partial=self.crop is not None
         )
-
-    @contextmanager
-    def of_boxes(self) -> Iterator[None]:
-        """Take masks for the boxes of cases that were cut already, as those of a `VolumeDataset` are: none is cut
-        again."""
-        crop, self.crop = self.crop, None
-        try:
-            yield
-        finally:
-            self.crop = crop
 
     def preprocess_shape(self, shape: Sequence[int]) -> PreparedGrid:
         """A grid of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""

@@ -9,7 +9,6 @@ A test fails while the page is not what this command writes.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cli.command import ArgumentParser, run_command
 
@@ -32,9 +31,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
+from benchmarks import processes, stages
 from benchmarks.cluster_plan import Costs, Plan
+from evaluation.report import read_report
 from files.atomic import write_text
-from files.documents import read_object
+from tools.markdown import table
 from tools.ship import fill
 
 STAGES = {
@@ -54,28 +55,30 @@ RUNS = {"one": "1", "two": "2", "sharded": "2, `--loop.fsdp true`", "four": "4"}
 def main(args: Sequence[str] | None = None) -> None:
     """Write the page."""
     options = parse(args)
-    write_text(options.output, page(read_object(options.stages), read_object(options.processes)))
+    costs = read_report(options.stages, stages.Report, "benchmarks.stages")
+    losses = read_report(options.processes, processes.Report, "benchmarks.processes")
+    write_text(options.output, page(costs, losses))
     print(options.output)
 
 
-def page(stages: dict[str, Any], processes: dict[str, Any]) -> str:
-    """Return the page as Markdown. Raises: ValueError naming a figure that lacks."""
+def page(costs: stages.Report, losses: processes.Report) -> str:
+    """Return the page as Markdown. Raises: ValueError naming a missing figure."""
     tables = {
-        "costs": costs_table(stages["costs"]),
-        "plan": plan_table(stages["plans"]),
-        "processes_table": processes_table(processes),
-        "device": device(stages),
-        "precision": PRECISIONS[stages["costs"]["ldm_step"]["precision"]],
-        "sides": " x ".join(map(str, stages["shape"])),
+        "costs": costs_table(costs["costs"]).rstrip(),
+        "plan": plan_table(costs["plans"]).rstrip(),
+        "processes_table": processes_table(losses).rstrip(),
+        "device": device(costs),
+        "precision": PRECISIONS[costs["costs"]["ldm_step"]["precision"]],
+        "sides": " x ".join(map(str, costs["shape"])),
     }
-    return fill((DOCS / "cluster.in.md").read_text(), {"stages": stages, "processes": processes, **tables})
+    return fill((DOCS / "cluster.in.md").read_text(), {"stages": costs, "processes": losses, **tables})
 
 
-def device(stages: dict[str, Any]) -> str:
+def device(report: stages.Report) -> str:
     """Say what the costs were measured on."""
-    if stages["device"] == "cpu":
-        return f"one core of an {stages['machine']['processor']}; **no GPU has run any of it**"
-    return f"one {stages['device']}"
+    if report["device"] == "cpu":
+        return f"one core of an {report['machine']['processor']}; **no GPU has run any of it**"
+    return f"one {report['device']}"
 
 
 def costs_table(costs: Costs) -> str:
@@ -100,9 +103,8 @@ def costs_table(costs: Costs) -> str:
     return table(("stage", "time", "size"), rows)
 
 
-def plan_table(plans: Sequence[dict[str, Any]]) -> str:
+def plan_table(columns: Sequence[Plan]) -> str:
     """Return the plans side by side as a table."""
-    columns: list[Plan] = list(plans)  # pyright: ignore[reportAssignmentType]
     rows = [(text, *(duration(one["seconds"][stage]) for one in columns)) for stage, text in STAGES.items()]
     for name, text in TRAININGS.items():
         rows.append((f"steps of the {text}", *(f"{one['steps'][name]:,}" for one in columns)))
@@ -113,7 +115,7 @@ def plan_table(plans: Sequence[dict[str, Any]]) -> str:
         "cache of each node (copies, prepared volumes, latents)": [one["node"]["total"] for one in columns],
         "checkpoints of the autoencoder's run": [one["run"]["vae_checkpoints"] for one in columns],
         "checkpoints of the diffusion model's run": [one["run"]["ldm_checkpoints"] for one in columns],
-        "network: each node downloads, in all": [one["network"]["download"] for one in columns],
+        "network: each node of the trainings downloads, in all": [one["network"]["download"] for one in columns],
         "network: each node uploads, in all": [one["network"]["upload"] for one in columns],
     }
     rows += [(text, *map(size, values)) for text, values in sizes.items()]
@@ -129,11 +131,10 @@ def head(one: Plan) -> str:
     return f"{one['gpus']} GPUs, {one['nodes']} node{'s' if one['nodes'] > 1 else ''}"
 
 
-def processes_table(report: dict[str, Any]) -> str:
+def processes_table(report: processes.Report) -> str:
     """Return the losses of several processes beside those of one as a table."""
     rows = []
-    for script in TRAININGS:
-        found = report[script]
+    for script, found in (("train_vae", report["train_vae"]), ("train_ldm", report["train_ldm"])):
         for run, text in RUNS.items():
             difference = found["largest_relative_difference"][run]
             last = f"{found['losses'][run][-1]:.6f}"
@@ -141,11 +142,6 @@ def processes_table(report: dict[str, Any]) -> str:
             rows.append((f"`{script}.py`", text, last, apart, f"{found['samples_a_second'][run]:.0f}"))
     head = ("training", "processes", "last loss", "largest relative difference of a loss", "samples a second")
     return table(head, rows)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,6 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from cli.command import ArgumentParser, run_command
 
@@ -34,7 +33,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 from evaluation.html import build_page, write_page
 from evaluation.html.render import ORDER
-from evaluation.studies.sampler_report import SamplerReport, markdown
+from evaluation.studies.sampler_report import markdown, read_report
 from files.documents import read_object
 from tools.ship import fill, summaries
 
@@ -54,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     tables = tables[tables.index("\n## ") :]  # the title and the summary are written by hand
     text = fill((ROOT / "docs/evidence.in.md").read_text(), {**reports, **summaries(reports)} | {
         "tables": re.sub(r"^##", "###", tables, flags=re.MULTILINE).strip(),
-        "samplers": markdown(cast(SamplerReport, reports["samplers"])) if "samplers" in reports else "",
+        "samplers": markdown(read_report(options.reports / "samplers.json")) if "samplers" in reports else "",
     })  # fmt: skip
     (ROOT / "docs/evidence.md").write_text(text)
     print(ROOT / "docs/evidence.md")

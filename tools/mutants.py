@@ -80,7 +80,7 @@ def load_mutants(folder: Path, root: Path = ROOT) -> list[Mutant]:
     Raises: ValueError naming table and row for unknown or missing fields, code that does not occur once, a replacement
     that changes nothing or is not Python, a test file that does not exist, and a fault that stands twice.
     """
-    mutants: list[Mutant] = []
+    mutants: dict[Mutant, None] = {}  # in order
     for path in sorted(folder.glob("*.yaml")):
         for number, row in enumerate(yaml.safe_load(path.read_text()) or [], 1):
             try:
@@ -94,8 +94,8 @@ def load_mutants(folder: Path, root: Path = ROOT) -> list[Mutant]:
                     raise ValueError(f"no such tests: {', '.join(absent)}")
             except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
                 raise ValueError(f"{path.name}, fault {number}: {error}") from error
-            mutants.append(mutant)
-    return mutants
+            mutants[mutant] = None
+    return [*mutants]
 
 
 def copy_tree(root: Path, folder: Path) -> Path:

@@ -43,9 +43,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
-from evaluation.report import provenance, write_report
+from evaluation.report import Provenance, provenance, write_report
+from evaluation.stats.bootstrap import Estimate
 from files.documents import read_object
 from tools.ship import fill
 
@@ -58,6 +59,34 @@ SHORT = {
 }
 COUNTS = re.compile(r"^(\d+) OK, (\d+) WARN, (\d+) FAIL$", re.MULTILINE)
 NEXT = re.compile(r"^next: (medvolume .*)$", re.MULTILINE)
+
+
+class Distance(TypedDict):
+    """A kernel distance and the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Figures(TypedDict):
+    """What docs/quickstart.in.md shows of a run: by command, but for `doctor` (findings) and `psnr` (dB)."""
+
+    patients: int
+    commands: dict[str, str]
+    seconds: dict[str, float]
+    minutes: dict[str, float]  # and of the first picture
+    printed: str
+    doctor: dict[str, int]
+    psnr: dict[str, float]
+    generated: Distance
+    real: Distance
+
+
+class Report(Provenance, Figures):
+    """The JSON file; `steps` is None for those of the recipe."""
+
+    steps: int | None
 
 
 @dataclass
@@ -112,7 +141,7 @@ def main(args: Sequence[str] | None = None) -> None:
         folder = Path(name)
         copy_patients(options.data, folder / "scans", options.patients)
         run = run_commands(folder, options.steps)
-        report = {**provenance(), **measured(run, options.patients), "steps": options.steps}
+        report: Report = {**provenance(), **measured(run, options.patients), "steps": options.steps}
         options.output.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "recipe/generated/preview.png", options.output / "quickstart.png")
         write_report(options.output / "quickstart.json", report)
@@ -151,7 +180,7 @@ def run_commands(folder: Path, steps: int | None = None) -> Run:
     return run
 
 
-def measured(run: Run, patients: int) -> dict[str, Any]:
+def measured(run: Run, patients: int) -> Figures:
     """Return the figures of a run that docs/quickstart.in.md shows."""
     ok, warn, fail = (int(count) for count in COUNTS.findall(run.printed["doctor"])[-1])
     report = run.folder / shlex.split(run.commands[-1])[-1]
@@ -170,13 +199,13 @@ def measured(run: Run, patients: int) -> dict[str, Any]:
     }
 
 
-def distance(found: dict[str, Any]) -> dict[str, float]:
+def distance(found: Estimate[float]) -> Distance:
     """Return a kernel distance and the ends of its interval, by name."""
     low, high = found["interval"]
     return {"mean": found["mean"], "low": low, "high": high}
 
 
-def page(report: dict[str, Any]) -> str:
-    """Return docs/quickstart.md with the figures of a report. Raises: ValueError naming a figure that lacks."""
+def page(report: Report) -> str:
+    """Return docs/quickstart.md with the figures of a report. Raises: ValueError naming a missing figure."""
     printed = "\n".join(f"    {line}".rstrip() for line in report["printed"].splitlines())
     return fill((DOCS / "quickstart.in.md").read_text(), {**report, "printed": printed})

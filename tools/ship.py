@@ -55,7 +55,7 @@ import torch
 from autoencoder import VolumeAutoencoder
 from autoencoder.model import deciding
 from autoencoder.residual_noise import measure_noise
-from diffusion.latent_cache import weights_hash
+from diffusion.latents.cache import weights_hash
 from evaluation.studies.sampler_report import apply_choice
 from files.atomic import atomic_file, atomic_folder, remove_folder, remove_leftovers, write_text
 from files.documents import read_object

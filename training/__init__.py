@@ -6,6 +6,7 @@ from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .build import build_model, initialize_from
+    from .engine.averages.power import MovingAverage
     from .engine.checkpoints import (
         Checkpointer,
         DamagedCheckpoint,
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
         list_checkpoints,
     )
     from .engine.config import LoopConfig, OptimizerConfig, config_changes, parse_config, save_config
-    from .engine.learner import Learner, MovingAverage, learning_rate
+    from .engine.learner import Learner, learning_rate
     from .engine.loop import Loop
     from .engine.output import save_model
     from .engine.precision import native_bf16, resolve_precision

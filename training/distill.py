@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D, make_scheduler
 from diffusion.distillation import Teacher
-from diffusion.latent_cache import weights_hash
+from diffusion.guidance import interval_in_effect
+from diffusion.latents.cache import weights_hash
 from diffusion.objectives import FLOW_MAP
 from files.documents import FileError
 from pipelines import MedVolumePipeline
@@ -47,21 +48,27 @@ def load_teacher(
     if config.init_from is None:
         config.init_from = str(folder / "unet")
     unet, own = pipe.unet.eval().requires_grad_(False).to(accelerator.device), pipe.sampling_settings.to_json()
-    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    asked = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": options.guidance_interval,
+    }
     sampling = {**DEFAULTS, **own, **{name: value for name, value in asked.items() if value is not None}}
     scheduler = pipe.scheduler
     if options.scheduler is not None:
         scheduler = make_scheduler(unet.config["objective"], unet.train_steps, name=options.scheduler)
     try:
         teacher = Teacher(
-            unet, scheduler, sampling["num_inference_steps"], sampling["guidance_scale"], options.calls, options.pairs,
-            options.from_images, accelerator.autocast,
+            unet, scheduler, sampling["num_inference_steps"], sampling["guidance_scale"],
+            interval_in_effect(sampling.get("guidance_interval")), options.calls, options.pairs, options.from_images,
+            accelerator.autocast,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"distill: {error}") from error
     logger.info(
-        "the teacher %s samples with %s in %d steps, guidance scale %g",
+        "the teacher %s samples with %s in %d steps, guidance scale %g%s",
         folder, type(scheduler).__name__, teacher.steps, teacher.guidance,
+        "" if teacher.interval is None else f" at noise levels {teacher.interval[0]:g} to {teacher.interval[1]:g}",
     )  # fmt: skip
     return teacher, pipe.data
 

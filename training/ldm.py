@@ -34,8 +34,8 @@ from diffusion import (
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.distillation import Teacher
-from diffusion.latent_cache import weights_hash
-from diffusion.objectives import Scheduler
+from diffusion.latents.cache import weights_hash
+from diffusion.objectives import Scheduler, default_sampler
 from files.documents import read_object
 from pipelines import MedVolumePipeline, SamplingSettings
 from pipelines.lora import add_lora, save_lora
@@ -48,6 +48,7 @@ from volumes.data.subjects import join_records
 from .build import build_model, initialize_from
 from .distill import check_student, load_teacher
 from .encoder_distance import EncoderDistance
+from .engine.averages.power import STORED
 from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
@@ -216,7 +217,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     step = build_step(config, unet, vae, realism, teacher)
     known_noise = data.residual_noise if taught is None else taught.residual_noise
     # An unsupported scheduler is refused now, not at the first preview.
-    set_timesteps(step.make_scheduler(), config.inference_steps, None, accelerator.device)
+    set_timesteps(step.make_scheduler(), step.inference_steps, None, accelerator.device)
 
     num_labels = unet.config["num_labels"]
     latents = latents_of(train, vae, config, config.cache, accelerator)
@@ -234,7 +235,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         described = dataclasses.replace(data, residual_noise=noise)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
         guidance = None if teacher is None else 1.0  # a student has its teacher's
-        pipe.sampling_settings = SamplingSettings(config.inference_steps, guidance)  # those of the previews
+        pipe.sampling_settings = SamplingSettings(step.inference_steps, guidance)  # those of the previews
         save_model(pipe, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
@@ -263,13 +264,19 @@ def build_step(
     """Build the training step of `unet`, with its optimizer and average."""
     loop = config.loop
     learner = Learner(
-        "unet", unet, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+        "unet",
+        unet,
+        config.optimizer,
+        ema_decay=loop.ema_decay,
+        ema_length=loop.ema_length,
+        max_steps=loop.max_steps,
+        tracked=STORED if loop.ema_snapshots else (),
     )
-    scheduler = partial(
-        make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
-    )
+    objective: str = unet.config["objective"]
+    name, usual = default_sampler(objective, config.scheduler)
+    scheduler = partial(make_scheduler, objective, unet.train_steps, name=name, bound=vae.latent_bound())
     label_maps = bool(config.data.image_labels)
-    channels, steps = config.data.channels, config.inference_steps
+    channels, steps = config.data.channels, config.inference_steps or usual
     return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, teacher)
 
 

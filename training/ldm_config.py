@@ -51,6 +51,8 @@ class DistillConfig:
         scheduler: class of a diffusers scheduler for the teacher, such as UniPCMultistepScheduler, which needs fewer
             steps. Default: that of its folder.
         guidance_scale: the teacher's guidance, which the student learns. Default: that of its sampling.json.
+        guidance_interval: noise levels (lo, hi] in which that guidance acts. Default: those of its sampling.json, or
+            all.
         pairs: steps of the student that are trained on each trajectory of the teacher. A trajectory costs as much as
             sampling, so fewer make a training step cheaper, and more make better use of it.
         from_images: share of the trajectories that begin at noised training images instead of noise, for editing.
@@ -61,6 +63,7 @@ class DistillConfig:
     steps: PositiveInt | None = None
     scheduler: str | None = None
     guidance_scale: NonNegativeFloat | None = None
+    guidance_interval: tuple[Share, Share] | None = None
     pairs: PositiveInt = 8
     from_images: Share = 0.1
 
@@ -80,12 +83,12 @@ class TrainLdmConfig:
         cache: latents of the training volumes.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
         scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default:
-            Euler for rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
+            UniPC for rectified flow, DDIM for the other objectives (`diffusion.objectives.default_sampler`).
         residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
             can add it. A student has its teacher's without.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews, of the volumes that `loop.sample_every` compares, and of the
-            pipeline where a call does not say.
+            pipeline where a call does not say. Default: 10 of UniPC or DPM-Solver++ for rectified flow, otherwise 20.
         optimizer: optimizer and learning rate.
         loop: length, precision and rhythm.
         resume: "latest", or a checkpoint folder of this run, to continue exactly from there.
@@ -107,7 +110,7 @@ class TrainLdmConfig:
     scheduler: str | None = None
     residual_noise: bool = False
     gradient_checkpointing: bool = False
-    inference_steps: PositiveInt = 20
+    inference_steps: PositiveInt | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: Checkpoint | None = None

@@ -32,6 +32,7 @@ from volumes.data.preprocessing import differences, refuse_differences
 from volumes.data.subjects import join_records
 
 from .build import build_model, initialize_from
+from .engine.averages.power import STORED
 from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.sampling_order import derive_seed
@@ -219,7 +220,13 @@ def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingSte
     config."""
     loop = config.loop
     learner = Learner(
-        "vae", vae, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+        "vae",
+        vae,
+        config.optimizer,
+        ema_decay=loop.ema_decay,
+        ema_length=loop.ema_length,
+        max_steps=loop.max_steps,
+        tracked=STORED if loop.ema_snapshots else (),
     )
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.fits import predict
 from evaluation import provenance, write_report
 from training import native_bf16
 
+from .fits import predict
 from .measure import (
     CUT,
     NOT_RUN,

@@ -1,30 +1,27 @@
 """Write the main rows of bench.json into README.md, between two comments.
 
-python -m benchmarks.speed.headline docs/performance.json --readme README.md
+python -m benchmarks.speed.headline docs/performance.json --page README.md
 """
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from cli.command import ArgumentParser, run_command
+from cli.command import run_command
+from tools.markdown import parse_page, rewrite_between, table
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--readme", type=Path, required=True, help="Markdown file with the two comments")
-    return parser.parse_args(args)
+    return parse_page(__doc__, "bench.json", args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from .records import Record, find, short, whole_sample
-from .report import read_bench, table
+from .report import read_bench
 
 BEGIN = "<!-- performance: written by benchmarks.speed.headline -->"
 END = "<!-- end of performance -->"
@@ -66,12 +63,7 @@ def _pair(what: str, ours: Record, peer: Record) -> tuple[str, str, str, str]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Rewrite README's table. Raises: ValueError if README does not have the two comments."""
+    """Rewrite the table. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    text = options.readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{options.readme}: needs the lines {BEGIN} and {END}, between which the table goes")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    made = table(["", "ours", "peer", ""], rows(read_bench(options.bench)["measurements"]))
-    options.readme.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
+    measurements = read_bench(options.report)["measurements"]
+    rewrite_between(options.page, BEGIN, END, table(["", "ours", "peer", ""], rows(measurements)))

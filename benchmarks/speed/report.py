@@ -9,7 +9,7 @@ The plots go beside the Markdown. Nothing in it is written by hand.
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -28,9 +28,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from benchmarks.fits import deviation_from_proportional, power_law, rise
+from tools.markdown import table
 
 from . import plots, targets
+from .fits import deviation_from_proportional, power_law, rise
 from .measure import OK
 from .records import Record, find, gigabytes, median, result, seconds, shape_text, short, whole_sample
 
@@ -41,12 +42,6 @@ NAMES = {
     "maisi 4 splits": "MAISI, 4 splits",
     "monai voxels": "MONAI DiffusionModelUNet, voxels",
 }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def ratio(peer: float | None, ours: float | None) -> str:

@@ -4,8 +4,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.fits import deviation_from_proportional, rise
-
+from .fits import deviation_from_proportional, rise
 from .measure import Forecast
 from .records import Record, find, median, whole_sample
 

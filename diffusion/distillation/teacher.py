@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..conditioning import Conditions
 from ..denoise import StepChange, denoise
-from ..guidance import Guidance, check_guidance
+from ..guidance import Guidance, Interval, check_guidance
 from ..objectives import RECTIFIED_FLOW, TRAIN_STEPS, fit_scheduler
 from ..scheduler_options import Scheduler
 from ..unet import LatentUNet3D
@@ -36,6 +36,7 @@ class Teacher:
         scheduler: the teacher's. It must be deterministic, with one call of the U-Net a step.
         steps: of its sampling; a multiple of each of `calls`.
         guidance: its guidance, which the student learns.
+        interval: noise levels (lo, hi] in which its guidance acts; None: all.
         calls: the numbers of steps in which the student samples. It learns the steps of each.
         pairs: steps of each trajectory that a batch is asked for.
         from_images: share of trajectories that begin at a noised image, as editing does; the others begin at noise.
@@ -47,6 +48,7 @@ class Teacher:
     scheduler: Scheduler
     steps: int = 20
     guidance: Guidance = 1.0
+    interval: Interval | None = None
     calls: Sequence[int] = (1, 2, 4)
     pairs: int = 8
     from_images: float = 0.0
@@ -160,8 +162,8 @@ class Teacher:
             image = {"image": latents[rows] * inside, "strength": (self.steps - begin) / self.steps} if begin else {}
             with self.autocast():
                 denoise(
-                    self.unet, start, scheduler, own, guidance_scale=self.guidance, schema=self.unet.condition_schema,
-                    num_inference_steps=self.steps, callback=keep, **image,
+                    self.unet, start, scheduler, own, guidance_scale=self.guidance, guidance_interval=self.interval,
+                    schema=self.unet.condition_schema, num_inference_steps=self.steps, callback=keep, **image,
                 )  # fmt: skip
             levels[:, rows] = scheduler.sigmas.to(levels)[:, None]
             at = levels[begin, rows].view(-1, *[1] * (latents.ndim - 1))

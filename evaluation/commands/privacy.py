@@ -109,7 +109,9 @@ def measure_losses(options: Namespace, sets: Mapping[str, VolumeSet], device: to
                 f"{dataset.skipped[0]}: has an image but its mask cannot be used; the losses need one, so repair it"
             )
         with LiveBar(total=len(dataset), unit="volume", disable=None, desc=f"losses on {name} volumes") as progress:
-            return denoising_losses(pipe, dataset, seed=options.seed, on_volume=progress.update)
+            return denoising_losses(
+                pipe, dataset, times=TIMES, draws=DRAWS, seed=options.seed, on_volume=progress.update
+            )
 
     return losses("training"), losses("test")
 

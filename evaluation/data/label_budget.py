@@ -85,7 +85,7 @@ def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
         raise ValueError("data: phantoms have no files for a table to name; give fewer of them by data.phantom.count")
     files = [*(pattern for patterns in config.patterns.values() for pattern in patterns), config.masks or ""]
     if unnamed := [pattern for pattern in files if {*pattern} & {*"*?"}]:
-        raise ValueError(f"data: a table cannot name the files of {unnamed}; write {{name}} in the place of *")
+        raise ValueError(f"data: a table cannot name the files of {unnamed}; write {{name}} instead of *")
     cases = load_cases(config)
     learn, split = learning_cases(cases), config.split or "split"
     chosen = [replace(learn[i], split="train") for i in draw_labeled(learn, k, seed)]

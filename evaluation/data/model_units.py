@@ -1,14 +1,24 @@
-"""Generated images as the model's training volumes were: in RAS+ order, at its spacing, in [0, 1]."""
+"""Generated images as the model's training volumes were: in their boxes, in RAS+ order, at its spacing, in [0, 1]."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from pipelines import MedVolumePipeline
 from pipelines.volume_processor import SPACING_TOLERANCE
 from volumes import VolumeError, label_channels, label_indices, read_mask, read_volume, resample
 from volumes.description import DataDescription
 from volumes.foreground import cut, image_box
+
+
+def pipeline_of_boxes(pipe: MedVolumePipeline) -> MedVolumePipeline:
+    """Return a pipeline with the same components that takes masks and shapes for the boxes of cases that were cut
+    already, as those of a `VolumeDataset` are: it cuts none again (`data.crop`). It shows no progress bar."""
+    boxes = MedVolumePipeline.from_pipe(pipe, data=replace(pipe.data, crop=None))
+    boxes.set_progress_bar_config(disable=True)
+    return boxes
 
 
 def in_model_units(image: Any, data: DataDescription, *, crop: bool = False) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 
 from autoencoder import DiagonalGaussian3D, QuantisedLatents, VolumeAutoencoder, count_statistics
 from autoencoder.losses.reconstruction import cells_inside
+from evaluation.data.model_units import pipeline_of_boxes
 from evaluation.data.pairs import unit_range
 from evaluation.metrics.fidelity import mean_gradient
 from evaluation.metrics.spectrum import mean_band_power, ratio_db
@@ -183,6 +184,7 @@ def compare_limits(
     real: list[np.ndarray] = []
     decoded: list[np.ndarray] = []
     generated: list[np.ndarray] = []
+    boxes = pipeline_of_boxes(pipe)
     for index in range(len(dataset)):
         item = dataset[index]
         sample = pad_sample(item, pipe.vae.stride)
@@ -190,7 +192,7 @@ def compare_limits(
         seen = item["seen"].numpy() if "seen" in item else None
         real += [unit_range(channel) for channel in item["image"].numpy()]
         decoded += [unit_range(channel) for channel in _darkened(coded, seen)]
-        generated += [unit_range(channel) for channel in _darkened(_generate(pipe, dataset, index, steps), seen)]
+        generated += [unit_range(channel) for channel in _darkened(_generate(boxes, dataset, index, steps), seen)]
         on_volume(sample["name"])
     result = {"reconstructed": distances(decoded, real), "generated": distances(generated, real)}
     if floor is not None:
@@ -216,16 +218,15 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}
     generator = torch.Generator().manual_seed(index)
-    with pipe.volume_processor.of_boxes():
-        volume: Any = pipe(
-            mask=mask,
-            shape=facts.shape if mask is None else None,
-            classes=classes or None,
-            numbers=numbers or None,
-            num_inference_steps=steps,
-            generator=generator,
-            output_type="np",
-        ).volumes[0]
+    volume: Any = pipe(
+        mask=mask,
+        shape=facts.shape if mask is None else None,
+        classes=classes or None,
+        numbers=numbers or None,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="np",
+    ).volumes[0]
     return volume
 
 

@@ -17,8 +17,9 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
+from diffusion.guidance import Interval, interval_in_effect
 from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
-from evaluation.data.model_units import in_model_units
+from evaluation.data.model_units import in_model_units, pipeline_of_boxes
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.data.volume_sets import volume_shapes
 from evaluation.metrics.features import Extractor, extract
@@ -43,11 +44,25 @@ OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": 
 
 @dataclass(frozen=True)
 class Combination:
-    """A scheduler by name, its steps, and the guidance scale."""
+    """A scheduler by name, its steps, the guidance scale, the noise levels (lo, hi] in which guidance acts (None: all,
+    or no guidance), and the scale of autoguidance (1: none)."""
 
     scheduler: str
     steps: int
     guidance: float
+    interval: Interval | None = None
+    autoguidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        guided = max(self.guidance, self.autoguidance) > 1
+        object.__setattr__(self, "interval", interval_in_effect(self.interval) if guided else None)
+
+    @property
+    def guidance_in_words(self) -> str:
+        """Such as "2 in (0.2, 0.8], weak 1.5"."""
+        interval = "" if self.interval is None else f" in ({self.interval[0]:g}, {self.interval[1]:g}]"
+        weak = "" if self.autoguidance == 1 else f", weak {self.autoguidance:g}"
+        return f"{self.guidance:g}{interval}{weak}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class Seconds(TypedDict):
 
 
 class Cost(TypedDict):
-    """The cost of sampling; `evaluations_per_volume` counts calls of the network, both of guidance's."""
+    """The cost of sampling; `evaluations_per_volume` counts calls of networks, all of guidance's."""
 
     scheduler_class: str
     evaluations_per_volume: float
@@ -146,38 +161,39 @@ def sample(
 ) -> tuple[list[np.ndarray], Cost]:
     """Generate a volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and
     measure the cost."""
-    original_scheduler, evaluations = pipe.scheduler, 0
+    boxes, evaluations = pipeline_of_boxes(pipe), 0
+    boxes.scheduler = make_named(combination.scheduler, pipe)
 
     def count(_: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal evaluations
         evaluations += len(args[0])
 
     volumes, seconds = [], []
-    handle = pipe.unet.register_forward_pre_hook(count)
-    pipe.scheduler = make_named(combination.scheduler, pipe)
+    networks = [pipe.unet, *([] if pipe.unet_weak is None else [pipe.unet_weak])]
+    handles = [network.register_forward_pre_hook(count) for network in networks]
     try:
         for start in range(0, len(inputs.masks), batch_size):
             batch = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed + i) for i in range(len(inputs.masks))[batch]]
             start_time = time.perf_counter()
-            with pipe.volume_processor.of_boxes():
-                output: Any = pipe(
-                    mask=list(inputs.masks[batch]),
-                    classes=list(inputs.classes[batch]),
-                    numbers=list(inputs.numbers[batch]),
-                    num_inference_steps=combination.steps,
-                    guidance_scale=combination.guidance,
-                    generator=generators,
-                    batch_size=batch_size,
-                )
+            output: Any = boxes(
+                mask=list(inputs.masks[batch]),
+                classes=list(inputs.classes[batch]),
+                numbers=list(inputs.numbers[batch]),
+                num_inference_steps=combination.steps,
+                guidance_scale=combination.guidance,
+                guidance_interval=combination.interval or (0.0, 1.0),
+                autoguidance_scale=combination.autoguidance,
+                generator=generators,
+                batch_size=batch_size,
+            )
             seconds.append((time.perf_counter() - start_time) / len(generators))
             volumes += [in_model_units(image, pipe.data) for image in output.volumes]
-        name = type(pipe.scheduler).__name__
     finally:
-        pipe.scheduler = original_scheduler
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return volumes, {
-        "scheduler_class": name,
+        "scheduler_class": type(boxes.scheduler).__name__,
         "evaluations_per_volume": evaluations / len(volumes),
         "seconds_per_volume": {"median": float(np.median(seconds)), "lowest": min(seconds), "highest": max(seconds)},
     }

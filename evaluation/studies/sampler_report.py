@@ -27,9 +27,11 @@ COLUMNS = (
 
 
 class Settings(TypedDict, total=False):
-    """The settings that all combinations of a report have in common; `split` only if it is not the test split."""
+    """The settings that all combinations of a report have in common; `split` only if it is not the test split,
+    `unet_weak` only for a pipeline with a weaker U-Net."""
 
     model: str
+    unet_weak: str
     masks: list[str]
     seed: int
     batch_size: int
@@ -44,16 +46,20 @@ class Entry(Cost, SamplerScores):
     scheduler: str
     steps: int
     guidance: float
+    guidance_interval: NotRequired[list[float] | None]
+    autoguidance: NotRequired[float]
     volumes: int
     measured: Mapping[str, object]
 
 
 class Choice(TypedDict):
-    """The combination that the rule takes."""
+    """The combination that the rule takes; interval and autoguidance only where it has them."""
 
     scheduler: str
     steps: int
     guidance: float
+    guidance_interval: NotRequired[list[float] | None]
+    autoguidance: NotRequired[float]
 
 
 class SamplerReport(TypedDict):
@@ -66,7 +72,7 @@ class SamplerReport(TypedDict):
 
 
 def read_report(path: Path) -> SamplerReport:
-    """Read a report. Raises: ValueError for a file that is none, or damaged."""
+    """Read a report. Raises: ValueError for another file, or a damaged one."""
     content = read_object(path)
     if content.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is not a report of evaluation.studies.samplers; choose another file")
@@ -87,9 +93,30 @@ def _checked(path: Path, content: Any) -> SamplerReport:
         ) from error
 
 
-def combination_of(entry: Entry) -> Combination:
+def combination_of(entry: Entry | Choice) -> Combination:
     """Return the combination of an entry of a report."""
-    return Combination(entry["scheduler"], entry["steps"], entry["guidance"])
+    interval = entry.get("guidance_interval")
+    return Combination(
+        entry["scheduler"],
+        entry["steps"],
+        entry["guidance"],
+        None if interval is None else (interval[0], interval[1]),
+        entry.get("autoguidance", 1.0),
+    )
+
+
+def named(combination: Combination) -> Choice:
+    """Return a combination as a report names it."""
+    choice: Choice = {
+        "scheduler": combination.scheduler,
+        "steps": combination.steps,
+        "guidance": combination.guidance,
+    }
+    if combination.interval is not None:
+        choice["guidance_interval"] = list(combination.interval)
+    if combination.autoguidance != 1:
+        choice["autoguidance"] = combination.autoguidance
+    return choice
 
 
 def choose(entries: Sequence[Entry]) -> Choice | None:
@@ -106,7 +133,7 @@ def choose(entries: Sequence[Entry]) -> Choice | None:
     if not qualified:
         return None
     chosen = min(qualified, key=lambda entry: (entry["evaluations_per_volume"], _kernel(entry)["mean"]))
-    return {"scheduler": chosen["scheduler"], "steps": chosen["steps"], "guidance": chosen["guidance"]}
+    return named(combination_of(chosen))
 
 
 def _kernel(entry: Entry) -> Estimate[float]:
@@ -142,7 +169,16 @@ def apply_choice(pipe: MedVolumePipeline, path: Path, models: Sequence[str]) -> 
             )
     else:
         pipe.scheduler = make_named(chosen["scheduler"], pipe)
-    pipe.sampling_settings = SamplingSettings(chosen["steps"], chosen["guidance"])
+    combination = combination_of(chosen)
+    autoguidance = None if combination.autoguidance == 1 else combination.autoguidance
+    if autoguidance is not None and pipe.unet_weak is None:
+        raise ValueError(
+            f"{path}: chose autoguidance {autoguidance:g}, and the pipeline has no weaker U-Net; give it that of the "
+            "study with pipe.load_unet_weak(FOLDER), and save it"
+        )
+    pipe.sampling_settings = SamplingSettings(
+        combination.steps, combination.guidance, combination.interval, autoguidance
+    )
 
 
 def markdown(report: SamplerReport) -> str:
@@ -152,7 +188,8 @@ def markdown(report: SamplerReport) -> str:
     for entry in entries:
         scheduler = entry["scheduler"]
         name = f"{scheduler} ({entry['scheduler_class']})" if scheduler == OWN else scheduler
-        cells = [name, str(entry["steps"]), f"{entry['guidance']:g}", f"{entry['evaluations_per_volume']:g}"]
+        guidance = combination_of(entry).guidance_in_words
+        cells = [name, str(entry["steps"]), guidance, f"{entry['evaluations_per_volume']:g}"]
         cells.append(f"{entry['seconds_per_volume']['median']:.2f}")
         cells += [_cell(entry["kernel"][name]["generated_to_test"]) for name in ("random", "encoder")]
         cells.append(_cell(entry["spectrum"]["difference_db"]["generated_to_test"], "{:.2f}"))
@@ -176,7 +213,8 @@ def _choice_in_words(chosen: Choice | None) -> str:
     if chosen is None:
         return "No combination is as good as the best in all three figures: kernel (encoder), spectrum and Dice."
     return (
-        f"Chosen: {chosen['scheduler']} in {chosen['steps']} steps, guidance {chosen['guidance']:g}: the fewest "
+        f"Chosen: {chosen['scheduler']} in {chosen['steps']} steps, guidance "
+        f"{combination_of(chosen).guidance_in_words}: the fewest "
         "evaluations of those that are within the intervals of the best kernel (encoder), spectrum and Dice."
     )
 

@@ -1,4 +1,5 @@
-"""Compare the quality of schedulers at several steps and guidance scales:
+"""Compare the quality of schedulers at several steps and guidance scales, guidance intervals and scales of
+autoguidance:
 
     python -m evaluation.studies.samplers --pipeline weights/hippocampus --config configs/hippocampus/ldm.yaml \
         --masks 24 --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
@@ -17,8 +18,10 @@ the missing ones. Guidance needs a model that was trained for it (condition_drop
 """
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from cli.settings import (
     Number,
     PositiveInt,
     Seed,
+    Share,
 )
 from evaluation.networks.defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
 from evaluation.report import add_overlap_argument, add_wait_argument, config_parser
@@ -72,6 +76,22 @@ def parse(args: Sequence[str] | None) -> Namespace:
         default=[1.0],
         help="guidance scales; 0 to 1 means no guidance (1)",
     )
+    parser.add_argument(
+        "--guidance_intervals",
+        type=interval,
+        nargs="+",
+        default=[(0.0, 1.0)],
+        metavar="LO,HI",
+        help="noise levels between which guidance acts, such as 0,1 0.2,0.8 (0,1, which is all)",
+    )
+    parser.add_argument(
+        "--autoguidance",
+        type=Number(NonNegativeFloat),
+        nargs="+",
+        default=[1.0],
+        help="scales of the guidance by the pipeline's weaker U-Net; 0 to 1 means none (1)",
+    )
+    parser.add_argument("--unet_weak", type=str, help="folder of the weaker U-Net; default: the pipeline's own")
     parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the first volume (0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     parser.add_argument(
@@ -94,6 +114,18 @@ def parse(args: Sequence[str] | None) -> Namespace:
     return parsed
 
 
+def interval(text: Any) -> tuple[float, float]:
+    """Parse LO,HI. Raises: ArgumentTypeError for anything else."""
+    ends = text.split(",") if isinstance(text, str) else text
+    try:
+        low, high = (Number(Share)(end) for end in ends)
+        if not low < high:
+            raise ValueError
+    except (TypeError, ValueError, ArgumentTypeError) as error:
+        raise ArgumentTypeError(f"got {text!r}, expected LO,HI with 0 <= LO < HI <= 1, such as 0.2,0.8") from error
+    return low, high
+
+
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
@@ -107,7 +139,7 @@ from autoencoder.weights import open_safetensors
 from cli.live_bar import LiveBar
 from cli.stopping import finishing, stoppable
 from diffusion.denoise import set_timesteps
-from diffusion.guidance import check_guidance, guidance_in_effect
+from diffusion.guidance import autoguidance_in_effect, check_guidance, guidance_in_effect
 from evaluation.data.pairs import (
     Pair,
     label_values,
@@ -123,6 +155,7 @@ from evaluation.report import only_writer_of, provenance, write_report
 from files.atomic import atomic_file, write_text
 from files.paths import printable
 from pipelines import MedVolumePipeline, SamplingConfig
+from pipelines.storage.loading import check_autoguidance
 from volumes import Case, DataConfig, VolumeDataset, load_cases
 from volumes.devices import find_device
 
@@ -137,7 +170,7 @@ from .sampler_figures import (
     make_named,
     sample,
 )
-from .sampler_report import Entry, SamplerReport, Settings, choose, combination_of, markdown, read_report
+from .sampler_report import Entry, SamplerReport, Settings, choose, combination_of, markdown, named, read_report
 from .utility import protocol
 
 assert {*SCHEDULERS} == {*OF_FLOWS, *OF_DIFFUSION}  # `--help` lists them
@@ -158,6 +191,8 @@ def score_missing(options: Namespace) -> SamplerReport:
     check_command("samplers", cases, config, {"unseen": [options.split], "shape": options.shape})
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
+    if options.unet_weak:
+        pipe.load_unet_weak(options.unet_weak)
     pipe.set_progress_bar_config(disable=True)
     requested = combinations(pipe, options)
     test_set, train_set = splits(cases, options.split)
@@ -172,6 +207,8 @@ def score_missing(options: Namespace) -> SamplerReport:
         "segmenter": segmenter_settings(options),
         "data": data_as_json(config),
     }
+    if pipe.unet_weak is not None:
+        settings["unet_weak"] = pipe.unet_weak_hash
     if options.split != "test":
         settings["split"] = options.split
     report = earlier_report(Path(options.output), settings)
@@ -184,14 +221,13 @@ def score_missing(options: Namespace) -> SamplerReport:
     if missing:
         scorer = prepare(pipe, cases, train_set, test, chosen, options)
         for combination in LiveBar(missing, desc="samplers", unit="combination"):
-            with finishing(f"{combination.scheduler} of {combination.steps} steps, guidance {combination.guidance:g}"):
+            words = f"{combination.scheduler} of {combination.steps} steps, guidance {combination.guidance_in_words}"
+            with finishing(words):
                 volumes, cost = sample(
                     pipe, scorer.inputs, combination, seed=options.seed, batch_size=options.batch_size
                 )
                 entry: Entry = {
-                    "scheduler": combination.scheduler,
-                    "steps": combination.steps,
-                    "guidance": combination.guidance,
+                    **named(combination),
                     "volumes": len(volumes),
                     **cost,
                     **scorer(volumes),
@@ -253,13 +289,19 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
         schema = pipe.unet.condition_schema
         check_guidance(scale, schema.dropout, {"mask", *schema.classes, *schema.numbers})
     scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
+    weak = [autoguidance_in_effect(scale) for scale in options.autoguidance]
+    check_autoguidance(max(weak), pipe.unet_weak)
     for name in options.schedulers:
         for steps in options.steps:
             set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
-    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in scales]
+    every = [
+        Combination(*one)
+        for one in product(options.schedulers, options.steps, scales, options.guidance_intervals, weak)
+    ]
     own = SamplingConfig().filled(pipe.sampling_settings)
     scale: Any = guidance_in_effect(own.guidance_scale)
-    return list(dict.fromkeys([Combination(OWN, own.steps, scale), *every]))
+    of_pipeline = Combination(OWN, own.steps, scale, own.interval, autoguidance_in_effect(own.autoguidance_scale))
+    return list(dict.fromkeys([of_pipeline, *every]))
 
 
 def earlier_report(path: Path, settings: Settings) -> SamplerReport:

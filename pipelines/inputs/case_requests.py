@@ -97,7 +97,7 @@ def _mask(case: Case, path: Path, data: DataConfig) -> Path | DrawnMask:
                 f"{path}: lies on another grid than {image} ({describe_grid(mask)}, against {describe_grid(like)}), "
                 f"onto which data.resample_to: {channel} resampled it for the training; --split does not resample "
                 f"masks: resample them onto the grid of {channel}, and give them with --masks (or, with classes, "
-                "numbers or images, with --conditions) in the place of --split"
+                "numbers or images, with --conditions) instead of --split"
             )
     return path if segmentation_file(path) is None else DrawnMask(path, image, time_point)
 

@@ -53,7 +53,7 @@ class Lesion:
             is removed (None: all of that label).
         diameters: of a new lesion, in mm: one, or one per axis.
         within: labels that a new lesion may replace; none: all.
-        replacement: the label in the place of a lesion that is removed; None: a lesion is inserted.
+        replacement: the label that replaces a lesion that is removed; None: a lesion is inserted.
     """
 
     label: str

@@ -117,7 +117,7 @@ def call_requests(
 
 
 def _box_images(box_image: ImageLike | Sequence[ImageLike] | None, masks: int | None) -> Sequence[ImageLike]:
-    """One image per mask; none if there is none. Raises: ValueError for another number, and without masks."""
+    """One image per mask; () without images. Raises: ValueError for another number, and without masks."""
     if box_image is None:
         return ()
     if masks is None:

@@ -33,7 +33,7 @@ from volumes.formats.read import SUFFIXES, is_volume
 from .request import VolumeRequest
 
 BOX_IMAGE = "box_image"  # the column of the images that set the boxes, for a model with `data.crop`
-NEAR = 0.8  # of 1: how alike names of columns are of which one is probably mistyped (difflib's ratio)
+NEAR = 0.8  # of 1: likeness of two column names, above which one is probably mistyped (difflib's ratio)
 FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
 
 

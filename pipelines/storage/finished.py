@@ -229,13 +229,23 @@ def edit_columns(record: GenerationRecord) -> dict[str, object]:
     return {"edited_image": image, "region": region, "strength": record.edit["strength"]}
 
 
+def guidance_columns(record: GenerationRecord) -> dict[str, object]:
+    """The columns of a guidance interval and of autoguidance, where a volume has them: "0.2 0.8", 1.5."""
+    interval, scale = record.guidance_interval, record.autoguidance_scale
+    columns: dict[str, object] = {}
+    if interval is not None:
+        columns["guidance_interval"] = " ".join(f"{end:g}" for end in interval)
+    return columns if scale is None else {**columns, "autoguidance_scale": scale}
+
+
 def write_manifest(
     output: Path,
     known: Collection[Path] = (),
     finished: Sequence[tuple[Path, GenerationRecord]] | None = None,
 ) -> int:
     """manifest.csv: a row for every finished volume in the folder, from its sidecar, with a column for each class,
-    number and condition channel, and `rejection_columns` of checked ones. Files of several channels share one cell,
+    number and condition channel, and `rejection_columns` of checked ones, `edit_columns` and
+    `guidance_columns`. Files of several channels share one cell,
     with semicolons between. Returns the number of rows.
 
     Args:
@@ -255,7 +265,7 @@ def write_manifest(
         row |= {name: getattr(record, name) for name in columns if name not in row}
         images = {channel: image.get("file") for channel, image in (record.images or {}).items()}
         conditions = {**(record.classes or {}), **(record.numbers or {}), **images, **rejection_columns(record)}
-        conditions |= edit_columns(record)
+        conditions |= edit_columns(record) | guidance_columns(record)
         names |= dict.fromkeys(conditions)
         rows.append(conditions | row)
     with (

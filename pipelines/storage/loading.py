@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import autoencoder
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D, VolumeAutoencoder
 from diffusion import LatentUNet3D
+from diffusion.guidance import autoguidance_in_effect
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
 from files.documents import FileError, read_object
@@ -31,7 +32,9 @@ COMPONENTS: dict[str, tuple[str, type]] = {
     "vae": ("autoencoder", VolumeAutoencoder),
     "unet": ("diffusion", LatentUNet3D),
     "scheduler": ("diffusers", SchedulerMixin),
+    "unet_weak": ("diffusion", LatentUNet3D),
 }
+OPTIONAL = ("unet_weak",)  # components that a pipeline may do without
 SCHEDULERS = tuple(dict.fromkeys([*FLOW_SCHEDULERS, *DIFFUSION_SCHEDULERS]))  # others are refused before one is built
 
 
@@ -75,6 +78,8 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
         )
     for name, (package, kind) in COMPONENTS.items():
         entry = index.get(name)
+        if name in OPTIONAL and entry in (None, [None, None]):
+            continue
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == package and isinstance(entry[1], str)):
             raise ValueError(
                 f"{folder}: model_index.json takes {name} from {entry!r}; only classes of {package} are loaded, as "
@@ -180,9 +185,55 @@ def find_autoencoder(folder: str | Path) -> Path:
 def check_components(components: Mapping[str, Any]) -> None:
     """Raise ValueError for a component {name: object} of another kind."""
     for name, (_, kind) in COMPONENTS.items():
+        if name in OPTIONAL and components[name] is None:
+            continue
         given = getattr(components[name], "_orig_mod", components[name])  # beneath torch.compile
         if not isinstance(given, kind):
             raise ValueError(f"{name} is {type(given).__name__}; a {kind.__name__} is needed")
+
+
+SAME_IN_WEAK = (  # entries of a U-Net's config
+    *("in_channels", "out_channels", "num_labels", "mask_stride", "objective", "train_steps"),
+    *("classes", "numbers", "images"),
+)
+
+
+def check_weak(unet: LatentUNet3D, weak: LatentUNet3D) -> None:
+    """Raise ValueError if a weaker U-Net cannot guide the pipeline's: both must predict the same objective, from the
+    same latents, under the same conditions. Sizes may differ.
+    """
+    for name in SAME_IN_WEAK:
+        ours, theirs = (getattr(one, "_orig_mod", one).config[name] for one in (unet, weak))
+        if ours != theirs:
+            raise ValueError(
+                f"unet_weak has {name} {theirs!r:.80}, the pipeline's U-Net {ours!r:.80}; take one that was trained on "
+                "the same data for the same objective, such as an earlier checkpoint or a smaller U-Net"
+            )
+
+
+def check_autoguidance(scale: float | None, weak: LatentUNet3D | None) -> None:
+    """Raise ValueError for autoguidance without a weaker U-Net."""
+    if weak is None and autoguidance_in_effect(scale) != 1:
+        raise ValueError(
+            f"autoguidance_scale {scale:g}: the pipeline has no weaker U-Net; give it one with "
+            "pipe.load_unet_weak(FOLDER) or --unet_weak FOLDER, or leave autoguidance_scale at 1"
+        )
+
+
+def load_unet(folder: str | Path) -> LatentUNet3D:
+    """Load the U-Net in `folder`, or in its subfolder unet/ (a pipeline), for inference.
+
+    Raises: FileError if there is none; ValueError if its weights do not fit.
+    """
+    place = Path(expand_path(str(folder)))
+    found = next((path for path in (place, place / "unet") if (path / "config.json").is_file()), None)
+    if found is None:
+        raise FileError(f"{folder}: no U-Net there (config.json, or unet/config.json); give a pipeline's folder")
+    _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
+    name = read_object(found / "config.json").get("_class_name")
+    if name != LatentUNet3D.__name__:
+        raise ValueError(f"{found}: config.json is of {name}, which is not a {LatentUNet3D.__name__}")
+    return LatentUNet3D.from_pretrained(found).eval().requires_grad_(False)
 
 
 def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:

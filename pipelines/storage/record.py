@@ -9,8 +9,12 @@ from typing import Any, NotRequired, Self, TypedDict
 from pipelines.inputs.arguments import plain
 from volumes.foreground import box_from_json
 
-INFORMATIVE = ("software", "settings_from")  # entries that do not tell volumes apart
+INFORMATIVE = ("software", "settings_from", "network_calls")  # entries that do not tell volumes apart
 LEFT_OUT = (
+    "guidance_interval",
+    "autoguidance_scale",
+    "unet_weak",
+    "network_calls",
     "resampled",
     "box",
     "box_image",
@@ -65,7 +69,12 @@ class GenerationRecord:
         seed: of the volume's own generator; None if its noise came from elsewhere.
         sigmas: noise levels, where they were given; `num_inference_steps` is then their number.
         guidance_scale: in effect; None for none.
-        settings_from: {"num_inference_steps", "guidance_scale"}: "call", "pipeline" (its sampling.json) or "default".
+        guidance_interval: noise levels (lo, hi] in which guidance acts; None for all, or for no guidance.
+        autoguidance_scale: in effect; None for none.
+        unet_weak: hash of the weaker U-Net of that guidance, as `unet_hash` is; None for none.
+        settings_from: {"num_inference_steps", "guidance_scale", ...}: "call", "pipeline" (its sampling.json) or
+            "default".
+        network_calls: how often U-Nets were called for the volume; None before it is generated.
         scheduler: its class and its options.
         dtype: the types in which the weights are stored and computed.
         mask, images: the files (or arrays) that were read.
@@ -88,6 +97,9 @@ class GenerationRecord:
     num_inference_steps: int
     sigmas: Sequence[float] | None = None
     guidance_scale: float | Mapping[str, float] | None = None
+    guidance_interval: Sequence[float] | None = None
+    autoguidance_scale: float | None = None
+    unet_weak: str | None = None
     settings_from: Mapping[str, str] | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
     dtype: str = ""
@@ -103,6 +115,7 @@ class GenerationRecord:
     channels: Sequence[str] | None = None
     residual_noise: bool | None = None
     edit: EditRecord | None = None
+    network_calls: int | None = None
     callback: Mapping[str, object] | None = None
     checks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     rejected: Sequence[Mapping[str, Any]] | None = None

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cli.settings import NonNegativeFloat, Range, checked, faults, refuse
+from cli.settings import NonNegativeFloat, Range, Share, checked, faults, refuse
 from diffusion.denoise import MAX_STEPS
+from diffusion.guidance import interval_in_effect
 from files.documents import read_object
 
 SAMPLING = "sampling.json"
@@ -22,16 +23,27 @@ class SamplingSettings:
 
     Args:
         num_inference_steps: denoising steps, with the scheduler of the pipeline's folder.
-        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 is none.
+        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 means none.
+        guidance_interval: noise levels (lo, hi] in which guidance acts, see `diffusion.guidance.interval_in_effect`.
+        autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 means none.
     Raises: ValueError naming the setting.
     """
 
     num_inference_steps: Annotated[int, Range(1, MAX_STEPS)] | None = None
     guidance_scale: NonNegativeFloat | None = None
+    guidance_interval: tuple[Share, Share] | None = None
+    autoguidance_scale: NonNegativeFloat | None = None
 
-    def to_json(self) -> dict[str, int | float]:
+    def __post_init__(self) -> None:
+        if self.guidance_interval is not None:
+            interval_in_effect(self.guidance_interval)
+            low, high = self.guidance_interval
+            object.__setattr__(self, "guidance_interval", (float(low), float(high)))
+
+    def to_json(self) -> dict[str, int | float | list[float]]:
         """The content of the file: what is set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def read_sampling(folder: Path) -> SamplingSettings:
@@ -45,9 +57,9 @@ def read_sampling(folder: Path) -> SamplingSettings:
     content = read_object(path)
     try:
         refuse(faults(SamplingSettings, content))
+        return SamplingSettings(**content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {REMEDY}") from error
-    return SamplingSettings(**content)
 
 
 def write_sampling(settings: SamplingSettings, folder: Path) -> None:

@@ -35,11 +35,12 @@ from pipelines.lora_state import lora_digest
 from volumes.description import DataDescription
 
 from .loading import COMPONENTS as PARTS
-from .loading import check_folder
+from .loading import OPTIONAL, check_autoguidance, check_folder, check_weak, load_unet
 from .provenance import Tensors, content_hash, memory_tensors, stored_tensors
 from .sampling_settings import REMEDY, SAMPLING, SamplingSettings, read_sampling, write_sampling
 
-COMPONENTS = ("vae", "unet")
+COMPONENTS = ("vae", "unet")  # that the model's hash names
+WEIGHTS = (*COMPONENTS, *OPTIONAL)
 INDEX = "model_index.json"
 _hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
 _lock = threading.RLock()
@@ -53,9 +54,9 @@ class PipelineIOMixin(DiffusionPipeline):
         """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
 
         Args:
-            kwargs: components in the place of the folder's (vae, unet, scheduler; None: the folder's), `data`, and
-                those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`) or
-                downloading them.
+            kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak; None: the folder's),
+                `data`, and those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`)
+                or downloading them.
         Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which
         is a ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a
         folder nor on the Hub; TypeError for keywords that it does not read.
@@ -63,7 +64,7 @@ class PipelineIOMixin(DiffusionPipeline):
         if kwargs.pop("custom_pipeline", None) is not None or kwargs.pop("trust_remote_code", False):
             raise ValueError("custom_pipeline and trust_remote_code are refused: code of a model is never run")
         check_keywords("from_pretrained", kwargs, (*HUB, *LOADING, *PARTS, "data"))
-        kwargs = loading_keywords(kwargs, parts=COMPONENTS)
+        kwargs = loading_keywords(kwargs, parts=WEIGHTS)
         folder = find_folder(pretrained_model_name_or_path)
         if folder is None:
             try:
@@ -98,10 +99,10 @@ class PipelineIOMixin(DiffusionPipeline):
         has the same `sampling_settings`.
 
         Args:
-            kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast,
+            kwargs: vae, unet, scheduler or data instead of the other's; dtype, to which the components are cast,
                 also in the other pipeline. Without it they stay as they are; diffusers would cast them to float32.
-        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one, or is none; TypeError for
-        other keywords.
+        Raises: ValueError if they do not fit each other, or if `pipeline` lacks one, or is not a pipeline; TypeError
+        for other keywords.
         """
         check_keywords("from_pipe", kwargs, (*PARTS, "data", "dtype", "torch_dtype"))
         if not isinstance(pipeline, DiffusionPipeline):
@@ -146,7 +147,8 @@ class PipelineIOMixin(DiffusionPipeline):
                 part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
             with atomic_parts(folder, INDEX) as unfinished:
                 for name in PARTS:  # what is there of another variant stays
-                    _copy_files(folder / name, unfinished / name)
+                    if getattr(self, name) is not None:
+                        _copy_files(folder / name, unfinished / name)
                 if self.sampling_settings != SamplingSettings() or (folder / SAMPLING).exists():
                     write_sampling(self.sampling_settings, unfinished)
                 super().save_pretrained(
@@ -176,10 +178,22 @@ class PipelineIOMixin(DiffusionPipeline):
         mask = ["mask"] if self.unet.config["num_labels"] else []
         names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
         check_guidance(settings.guidance_scale, schema.dropout, names)
+        check_autoguidance(settings.autoguidance_scale, self.unet_weak)
         check_guidance_of_student(self.unet, settings.guidance_scale)
         if with_steps and settings.num_inference_steps is not None:
             scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
             set_timesteps(scheduler, settings.num_inference_steps, None, torch.device("cpu"))
+
+    def load_unet_weak(self, folder: str | PathLike) -> None:
+        """Load the weaker U-Net of autoguidance from a folder (a U-Net's, or a pipeline's), in place of the pipeline's
+        own; it gets the type and the device of the pipeline's U-Net. `save_pretrained` saves it with the pipeline.
+
+        Raises: FileError if there is none; ValueError if it does not fit the pipeline's U-Net.
+        """
+        weak = load_unet(str(folder))
+        check_weak(self.unet, weak)
+        weak.to(self.unet.device, self.unet.dtype)
+        self.register_modules(unet_weak=weak)
 
     sampling_settings: SamplingSettings
     _data: DataDescription
@@ -206,10 +220,15 @@ class PipelineIOMixin(DiffusionPipeline):
         """sha256 over the U-Net's config and weights, without LoRAs: what a LoRA's file names as its base."""
         return self._hash_of(("unet",))
 
-    def _hash_of(self, names: tuple[str, ...]) -> str:
-        parts = {
-            name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
-        }  # beneath compile
+    @property
+    def unet_weak_hash(self) -> str:
+        """The `unet_hash` of the weaker U-Net."""
+        return self._hash_of(("unet",), self.unet_weak)
+
+    def _hash_of(self, names: tuple[str, ...], part: Any = None) -> str:
+        """The hash of these components, or of `part` under the only name."""
+        given = {name: getattr(self, name) if part is None else part for name in names}
+        parts = {name: getattr(one, "_orig_mod", one) for name, one in given.items()}  # beneath compile
         configs = {name: dict(part.config) for name, part in parts.items()}
         if names == COMPONENTS:
             configs = {"data": self.config["data"], **configs}

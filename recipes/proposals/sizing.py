@@ -160,7 +160,7 @@ def _autoencoder(
     model: Settings = {"class": "autoencoder.AutoencoderKL3D"}
     if count > 1:
         model |= {"in_channels": count, "out_channels": count, "per_channel": True}
-        why += "; each channel is coded by itself, so one may be missing, or be generated from another"
+        why += "; each channel is coded separately, so one may be missing, or be generated from another"
     if len(set(patch_size)) > 1:
         why += "; the long axis of the voxels is folded less"
     plan.vae["model"] = model | layers

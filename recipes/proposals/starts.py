@@ -43,7 +43,7 @@ def choose_start(
     """Decide what the trainings start from.
 
     Args:
-        asked: "none"; the name of a shipped pipeline, of which what fits is taken; "NAME:lora"; None to propose.
+        asked: "none"; the name of a shipped pipeline, to take the parts that fit; "NAME:lora"; None to propose.
         facts: of the data set.
         quick: a first picture is wanted.
         exactly: the user set the spacing, or to keep it, so volumes are not resampled to that of the weights.
@@ -89,7 +89,7 @@ def choose_start(
         other = "" if for_lora else f"--from {name}:{LORA} trains a LoRA of a megabyte, "
         return Start(weights, True, False, f"{line}; {other}--from none starts from random ones")
     if asked or quick or facts.subjects < SMALL:
-        each = ", each channel coded by itself" if len(facts.channels) > 1 else ""
+        each = ", each channel coded separately" if len(facts.channels) > 1 else ""
         unet = f"the U-Net starts from random ones, as {misfits[0]}" if misfits else "the U-Net starts from random ones"
         line = f"{'as asked' if asked else few}: the autoencoder starts from {name}'s weights{each}; {unet}"
         other = "" if misfits or asked else f"--from {name} starts both from them, "

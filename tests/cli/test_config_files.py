@@ -324,7 +324,7 @@ def test_shipped_weights_may_be_a_link(tmp_path):
 
 
 def test_every_reader_of_models_knows_shipped_names(monkeypatch, tmp_path):
-    """From any folder; the config beside it is no pipeline's."""
+    """From any folder; the config beside it is not that of a pipeline."""
     monkeypatch.chdir(tmp_path)
     folder, name = ROOT / "weights/hippocampus", "shipped:hippocampus"
     assert find_folder(name) == folder and find_autoencoder(name) == folder / "vae"

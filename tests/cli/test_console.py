@@ -67,9 +67,18 @@ def test_mistakes_name_the_command(console):
     assert done.returncode == 2 and "did you mean generate?" in done.stderr
     done = console("generate", "--mask", "x", "--pipelin", "y")
     assert done.returncode == 2 and done.stderr.startswith("medvolume generate: error: ")
-    done = console("generate", "--pipeline", "none", "--output", "out", "--masks", "none.nii.gz")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("medvolume generate: error: ")
+
+
+def test_a_mistake_in_a_value_names_the_command(tmp_path, monkeypatch, capsys):
+    """In this process, which has imported what the command imports after its arguments."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(command, "_console", [])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        medvolume.main(["generate", "--pipeline", "none", "--output", "out", "--masks", "none.nii.gz"])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1, said
+    assert said.startswith("medvolume generate: error: ")
 
 
 def test_a_message_repeats_what_was_typed(monkeypatch):

@@ -194,7 +194,7 @@ def test_a_child_of_a_fork_leaves_the_decision_to_its_parent(capfd):
 def test_an_interrupt_just_after_a_fork_counts_only_once(capfd):
     """It comes before the child had its own handlers: with its parent's it would count there."""
     with pytest.raises(Stopped), stoppable(), finishing("a step"):
-        for _ in range(100):
+        for _ in range(30):
             child = os.fork()
             if not child:
                 os._exit(7)

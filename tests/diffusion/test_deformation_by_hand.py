@@ -6,7 +6,7 @@ import torch
 
 from diffusion import LatentCacheConfig
 from diffusion.images import image_columns
-from diffusion.latent_cache import _version, deformed
+from diffusion.latents.cache import _version, deformed
 
 
 class Planted:

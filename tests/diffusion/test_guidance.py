@@ -8,7 +8,15 @@ from tiny import labels_of, tiny_pipeline
 import generate
 from diffusion import LatentUNet3D
 from diffusion.conditioning import UNCONDITIONED, Conditions, ConditionSchema, drop_conditions
-from diffusion.guidance import check_guidance, guidance_terms, guided
+from diffusion.guidance import (
+    Guide,
+    autoguidance_in_effect,
+    autoguided,
+    check_guidance,
+    guidance_terms,
+    guided,
+    interval_in_effect,
+)
 from pipelines.storage.provenance import recorded_guidance
 
 SCHEMA = ConditionSchema(classes=("sex", "scanner"), numbers=("age",))
@@ -177,3 +185,64 @@ def test_a_mask_left_out_is_a_mask_of_padding():
     ids = torch.zeros(1, 4, 4, 4, 8, dtype=torch.int32)
     left_out = Conditions(mask=torch.ones_like(ids)).drop({"mask"}, UNCONDITIONED).mask
     assert torch.equal(left_out, ids) and not unet.embed_mask(ids).any()
+
+
+def weaker(latents, timestep):
+    """A weaker model under all conditions."""
+    return torch.full((len(latents), 3), 7.0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "of_conditions"),
+    [(1.0, 11111.0), (2.0, 2 * 11111.0 - 1), ({"sex": 3.0, "age": 2.0}, 11111 + 200 + 10000)],
+)
+def test_autoguidance_adds_the_difference_from_the_weaker_model(scale, of_conditions):
+    """Eq. 3 of Karras et al. 2024, 1.5 e - 0.5 weak, and the same difference beside guidance by conditions."""
+    guidance = autoguided(linear, guidance_terms(conditions(), SCHEMA, scale), weaker, 1.5)
+    found = guidance(torch.zeros(2, 3), torch.tensor(0.0))
+    assert found.shape == (2, 3)
+    assert found.unique().tolist() == pytest.approx([of_conditions + 0.5 * (11111 - 7)])
+
+
+def test_outside_of_its_interval_guidance_costs_no_call():
+    """(0.2, 0.8]: the lower end is outside, the upper one inside, in float32 too."""
+    calls = []
+
+    def counted(latents, timestep, given):
+        calls.append(len(latents) // 2)
+        return linear(latents, timestep, given)
+
+    def counted_weak(latents, timestep):
+        calls.append(1)
+        return weaker(latents, timestep)
+
+    guide = Guide(counted, conditions(), SCHEMA, 2.0, (0.2, 0.8), counted_weak, 1.5)
+    values, spent = {}, {}
+    for level in (1.0, 0.81, float(np.float32(0.8)), 0.5, float(np.float32(0.2)), 0.0):
+        values[level] = guide.at(level)(torch.zeros(2, 3), torch.tensor(0.0))[0, 0].item()
+        spent[level], calls[:] = sum(calls), []
+    inside = 2 * 11111 - 1 + 0.5 * (11111 - 7)
+    assert list(values.values()) == pytest.approx([11111, 11111, inside, inside, 11111, 11111])
+    assert list(spent.values()) == [1, 1, 3, 3, 1, 1] and guide.calls == 10
+    guide.rescale(1.0)
+    assert guide.at(0.5)(torch.zeros(2, 3), torch.tensor(0.0))[0, 0].item() == pytest.approx(11111 + 0.5 * 11104)
+    assert guide.calls == 12
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [0.5, (0.5,), (0.8, 0.2), (0.2, 0.2), (-0.1, 0.5), (0.1, 1.1), "ab", (0, float("nan")), (True, 1), [0, 0.5, 1]],
+    ids=repr,
+)
+def test_what_is_no_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="guidance_interval must be two noise levels"):
+        interval_in_effect(interval)
+
+
+def test_intervals_and_scales_of_autoguidance_in_effect():
+    assert interval_in_effect(None) is None and interval_in_effect((0, 1)) is None
+    assert interval_in_effect(np.array([0.25, 1])) == (0.25, 1.0) == interval_in_effect([torch.tensor(0.25), 1])
+    assert [autoguidance_in_effect(scale) for scale in (None, 0, 0.5, 1, np.float32(1.5))] == [1, 1, 1, 1, 1.5]
+    for wrong in (-1, float("nan"), "2", {"mask": 2.0}, True):
+        with pytest.raises(ValueError, match="autoguidance_scale must be a number of 0 or more"):
+            autoguidance_in_effect(wrong)

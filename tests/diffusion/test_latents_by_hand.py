@@ -13,10 +13,9 @@ from autoencoder import SpaceToDepth3D
 from autoencoder.layers import depth_to_space
 from diffusion import Conditions, LatentCacheConfig, build_latent_cache, collate_latents, fold_mask, training_loss
 from diffusion.folding import cells_inside
-from diffusion.latent_cache import cache_key, deformed
+from diffusion.latents.cache import cache_key, deformed
 from diffusion.objectives import noisy_and_target, sample_timesteps
-from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
-from volumes.foreground import ForegroundCrop
+from volumes import PADDING, DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 STRIDE = (4, 2, 2)
 SHAPE = (13, 10, 12)
@@ -190,57 +189,27 @@ def test_a_certain_encoder_has_no_standard_deviation(tmp_path, vae, dataset):
 
 # the key
 
-CHANGED: dict[str, Any] = {
-    "root": "elsewhere",
-    "table": "cases.csv",
-    "images": {"ct": "*.nii", "pet": "*.nii.gz"},
-    "masks": "labels/*.nii",
-    "time_point": 1,
-    "units": "cm",
-    "axes": "CXYZ",
-    "subject": "name",
-    "group_by": "a.*",
-    "split": "set",
-    "test_fraction": 0.2,
-    "validation_fraction": 0.3,
-    "split_seed": 4,
-    "label_map": {3: 1},
-    "label_names": {0: "background", 1: "organ"},
-    "image_labels": {0: "background", 1: "organ"},
-    "resample_to": "ct",
-    "crop": ForegroundCrop(100),
-    "spacing": (1.0, 1.0, 2.0),
-    "intensity": IntensityScaling("window", -160, 240),
-    "on_error": "skip",
-    "phantom": PhantomConfig(count=2, shape=SHAPE, seed=5),
-}
-NOT_OF_LATENTS = {"classes": {"sex": ["F", "M"]}, "numbers": ["age"], "condition_channels": ["ct"]}
 
+def test_the_key_is_made_of_the_prepared_volumes(vae, dataset):
+    """Of their keys and digests, in their order; names and conditions do not matter. Which settings of the data change
+    the keys is tested in tests/volumes/test_prepared_keys.py.
+    """
 
-def test_each_data_setting_that_changes_latents_changes_the_key(vae, dataset):
-    """One after another, on cases that stay as they are; a setting that is new must be named here, on one of the
-    sides."""
-    before = cache_key(dataset, vae, LatentCacheConfig())
-    names = {one.name for one in dataclasses.fields(DataConfig)}
-    assert names == {*CHANGED, *NOT_OF_LATENTS}
-    keys = {before}
-    for name, value in CHANGED.items():
-        old = getattr(dataset.config, name)
-        setattr(dataset.config, name, value)
-        keys.add(cache_key(dataset, vae, LatentCacheConfig()))
-        setattr(dataset.config, name, old)
-    assert len(keys) == len(CHANGED) + 1
-    for name, value in NOT_OF_LATENTS.items():
-        setattr(dataset.config, name, value)
-    assert cache_key(dataset, vae, LatentCacheConfig()) == before
-    for scaling in (
-        IntensityScaling("window", -160, 241),
-        IntensityScaling("window", -161, 240),
-        IntensityScaling("percentile", 1, 99),
-    ):
-        dataset.config.intensity = scaling
-        keys.add(cache_key(dataset, vae, LatentCacheConfig()))
-    assert len(keys) == len(CHANGED) + 4
+    def key() -> str:
+        return cache_key(dataset, vae, LatentCacheConfig())
+
+    keys, (first, second) = [key()], dataset.keys
+    dataset.keys = [second, first]
+    keys.append(key())
+    dataset.keys = [first, "0" * 40]
+    keys.append(key())
+    dataset.keys = [first, second]
+    dataset.facts[1] = dataclasses.replace(dataset.facts[1], digest=dataset.facts[1].digest + 1)
+    keys.append(key())
+    assert len(set(keys)) == 4
+    dataset.cases = [dataclasses.replace(case, name=f"other {case.name}") for case in dataset.cases]
+    dataset.config.numbers, dataset.config.root = ["age"], "elsewhere"
+    assert key() == keys[-1]
 
 
 def test_every_setting_of_the_augmentation_changes_the_key(vae, dataset):
@@ -253,21 +222,11 @@ def test_every_setting_of_the_augmentation_changes_the_key(vae, dataset):
     assert cache_key(dataset, vae, LatentCacheConfig(folder="elsewhere")) == usual
 
 
-def test_files_cases_and_the_autoencoders_config_change_the_key(tmp_path, vae, dataset):
-    (tmp_path / "a.nii").write_bytes(b"1")
-    (tmp_path / "m.nii").write_bytes(b"1")
-    dataset.cases = [Case("a", subject="a", images={"MR": tmp_path / "a.nii"}, mask=tmp_path / "m.nii")]
-
+def test_the_autoencoders_config_changes_the_key(vae, dataset):
     def key(of: SpaceToDepth3D = vae) -> str:
         return cache_key(dataset, of, LatentCacheConfig())
 
-    keys = [key()]
-    for name, content in (("a.nii", b"22"), ("m.nii", b"333")):
-        (tmp_path / name).write_bytes(content)
-        keys.append(key())
-    dataset.cases = [dataclasses.replace(dataset.cases[0], name="b")]
-    keys.append(key())
-    other = SpaceToDepth3D(patch_size=STRIDE)
+    keys, other = [key()], SpaceToDepth3D(patch_size=STRIDE)
     keys.append(key(other))
     other.set_latent_statistics([0.25] * 16, [2.5] * 16)
     keys.append(key(other))

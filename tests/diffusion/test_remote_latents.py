@@ -1,10 +1,10 @@
 """The latent cache at fsspec URLs: that of a folder, shared by machines, refused when damaged."""
 
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 
 import train_ldm
 from autoencoder import AutoencoderKL3D
-from diffusion import LatentCacheConfig, build_latent_cache, latent_store
-from diffusion.latent_cache import cache_key
-from diffusion.latent_store import LatentStore
+from diffusion import LatentCacheConfig, build_latent_cache
+from diffusion.latents import store as latent_store
+from diffusion.latents.cache import cache_key
+from diffusion.latents.store import LatentStore
+from files.cache import OF_URL, cache_root, contents
 from volumes import VolumeDataset, load_cases
-
-ROOT = Path(__file__).parents[2]
-
 
 pytestmark = pytest.mark.usefixtures("copies")
 
@@ -95,7 +94,35 @@ def test_processes_of_one_machine_may_fetch_the_same_entry(vae, dataset, tmp_pat
 
     monkeypatch.setattr(latent_store, "download", with_another)
     assert latents[0]["name"] == "00000_00"
-    assert [path.name for path in latents.files[0].parent.iterdir()] == ["00000_00.safetensors"]
+    assert {path.name for path in latents.files[0].parent.iterdir()} == {"00000_00.safetensors", OF_URL}
+
+
+def test_copies_of_latents_stay_below_the_limit(vae, dataset, tmp_path, monkeypatch, caplog):
+    """Of which one fits at a time; only this user may read them."""
+    expected = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    size = max(file.stat().st_size for file in expected.files)
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
+    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{int(1.5 * size) + 1024} B")
+    latents = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    for _ in range(2):
+        for index in range(len(dataset)):
+            assert torch.equal(latents[index]["mean"], expected[index]["mean"])
+            assert 0 < contents(cache_root())[0] <= 1.5 * size + 1024
+    assert not caplog.records and latents.files[-1].stat().st_mode & 0o777 == 0o600
+    original = latents.reader.read
+
+    def removed(path, name):  # by another process, after this one saw it
+        monkeypatch.setattr(latents.reader, "read", original)
+        path.unlink()
+        return original(path, name)
+
+    monkeypatch.setattr(latents.reader, "read", removed)
+    assert torch.equal(latents[len(dataset) - 1]["mean"], expected[len(dataset) - 1]["mean"])
+    assert not caplog.records
+    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{size // 2} B")
+    for index in (0, 1):
+        assert torch.equal(latents[index]["mean"], expected[index]["mean"])
+    assert caplog.text.count("copies of its latents exceed the limit of the cache") == 1
 
 
 @pytest.mark.parametrize("images", ["meta/{name}.mhd", "series/{name}"])
@@ -141,47 +168,28 @@ class Folder(LocalFileSystem):
         return super()._strip_protocol(str(path).replace("folder://", "/"))
 
 
-PROCESS = """
-import sys
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from autoencoder import AutoencoderKL3D
-from diffusion import build_latent_cache
-from evaluation.data.label_budget import restrict
-from volumes import DataConfig, VolumeDataset, load_cases
-
-class Folder(LocalFileSystem):
-    protocol = "folder"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("folder://", "/"))
-
-fsspec.register_implementation("folder", Folder)
-url, vae, rank = sys.argv[1], AutoencoderKL3D.from_pretrained(sys.argv[2]).eval(), int(sys.argv[3])
-names = {0: "background", 1: "left", 2: "right"}
-files = {"images": "images/{name}.nii.gz", "masks": "masks/{name}.nii.gz"}
-config = DataConfig(root=url, label_names=names, validation_fraction=0.0, **files)
-cache = build_latent_cache(VolumeDataset(load_cases(config), config), vae, f"{url}/latents", shard=(rank, 2))
-print(cache.files[0].parent.name)
-"""
+def fill_first_half(url: str, vae: AutoencoderKL3D, cache: str, done: Any) -> None:
+    """In a process of its own, as if on another machine: encode half of the volumes; sends the key."""
+    torch.set_num_threads(1)
+    os.environ["MEDVOLUME_CACHE"] = cache
+    config = data(url)
+    latents = build_latent_cache(VolumeDataset(load_cases(config), config), vae, f"{url}/latents", shard=(0, 2))
+    done.put(latents.files[0].parent.name)
 
 
 def test_two_processes_fill_one_cache_and_a_third_reads_it(vae, folder, tmp_path, monkeypatch):
     """Data and latents at one URL; each process has copies of its own, as if on another machine."""
     fsspec.register_implementation("folder", Folder, clobber=True)
     url, config = f"folder:/{folder}", data(f"folder:/{folder}")
-    vae.save_pretrained(tmp_path / "vae")
-    (tmp_path / "process.py").write_text(PROCESS)
-    command = [sys.executable, tmp_path / "process.py", url, tmp_path / "vae", "0"]
-    elsewhere = {**os.environ, "PYTHONPATH": str(ROOT), "MEDVOLUME_CACHE": str(tmp_path / "elsewhere")}
-    other = subprocess.Popen(command, env=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    forks = multiprocessing.get_context("fork")
+    done = forks.SimpleQueue()
+    other = forks.Process(target=fill_first_half, args=(url, vae, str(tmp_path / "elsewhere"), done))
+    other.start()
     dataset = VolumeDataset(load_cases(config), config)
     mine = build_latent_cache(dataset, vae, f"{url}/latents", shard=(1, 2), progress=False)
-    printed, errors = other.communicate(timeout=200)
-    assert other.returncode == 0, errors
-    assert printed.strip() == mine.files[0].parent.name  # the key
-    objects = sorted((folder / "latents" / printed.strip()).iterdir())
+    other.join(200)
+    assert other.exitcode == 0 and done.get() == mine.files[0].parent.name  # the key
+    objects = sorted((folder / "latents" / mine.files[0].parent.name).iterdir())
     assert [one.name[:8] for one in objects] == ["00000_00", "00001_00", "00002_00"]
 
     monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "third"))

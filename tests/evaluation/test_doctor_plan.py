@@ -278,7 +278,7 @@ def test_the_workspace_of_a_cpu_is_estimated(stage, tmp_path):
 
 
 def test_weights_are_counted_once(tmp_path):
-    """A step detaches its weights when it recomputes activations; that is no second copy."""
+    """A step detaches its weights when it recomputes activations; that is not a second copy."""
     models, work = trained(tmp_path, "ldm", model={**UNET, "channels": [64, 64]}, gradient_checkpointing=True)
     networks = networks_of(models.step)
     weights = 4 * sum(p.numel() for p in networks.parameters())

@@ -13,10 +13,12 @@ import yaml
 from tiny import tiny_pipeline
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
+from evaluation.data.model_units import pipeline_of_boxes
 from evaluation.doctor import after_training
 from evaluation.doctor.__main__ import main
 from evaluation.doctor.after_training import LatentSummary, check_latents, compare_limits, latent_summary
 from evaluation.doctor.run_checks import check_log, check_output
+from pipelines import SamplingConfig, VolumeRequest
 from volumes import DataConfig, PhantomConfig, Volume, VolumeDataset, load_cases, pad_sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,6 +228,7 @@ def test_what_is_outside_the_field_of_view_is_not_judged(monkeypatch):
     dataset: Any = [{"name": "a", "image": real, "seen": seen, "affine": torch.eye(4)}]
     pipe: Any = SimpleNamespace(vae=SimpleNamespace(stride=(1, 1, 1)))
     monkeypatch.setattr(after_training, "reconstruct", lambda vae, image: painted)
+    monkeypatch.setattr(after_training, "pipeline_of_boxes", lambda one: one)
     monkeypatch.setattr(after_training, "_generate", lambda *_: 500 * painted.numpy())
     found = compare_limits(pipe, dataset, None, steps=1)
     for kind in ("reconstructed", "generated"):
@@ -240,5 +243,23 @@ def test_the_doctor_generates_in_boxes_that_were_cut():
     config: Any = SimpleNamespace(class_names={}, numbers=[])
     dataset: Any = SimpleNamespace(config=config, facts=[facts], label_map=lambda index: Volume(array, np.eye(4)))
     cropped = tiny_pipeline(crop={"above": "mask", "channel": None, "margin": 1.0})
-    found, expected = (after_training._generate(pipe, dataset, 0, 1) for pipe in (cropped, tiny_pipeline()))
+    pipes = (pipeline_of_boxes(cropped), tiny_pipeline())
+    found, expected = (after_training._generate(pipe, dataset, 0, 1) for pipe in pipes)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_pipeline_of_boxes_does_not_change_the_other():
+    """While it generates a whole mask, a call of the other one still cuts its mask."""
+    cropped, boxes_during_the_call = tiny_pipeline(crop={"above": "mask", "channel": None, "margin": 1.0}), []
+    array = np.zeros((12, 10, 8), np.int16)
+    array[4:8, 3:6, 2:5] = 2
+    mask = nib.Nifti1Image(array, np.eye(4))
+
+    def meanwhile(pipe, step, timestep, tensors):
+        [volume] = cropped.prepare([VolumeRequest(mask)], SamplingConfig(1))
+        boxes_during_the_call.append(volume.record.box)
+
+    boxes = pipeline_of_boxes(cropped)
+    output = boxes(mask, num_inference_steps=1, callback_on_step_end=meanwhile)
+    assert boxes.unet is cropped.unet and "box" not in output.provenance[0]
+    assert boxes_during_the_call == [{"whole": [12, 10, 8], "shape": [6, 5, 5], "start": [3, 2, 1]}]

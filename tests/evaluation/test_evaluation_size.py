@@ -94,7 +94,7 @@ def test_privacy_reads_each_volume_a_few_times(sets):
     calls.clear()
     assert privacy_report(*(read[name] for name in order), spaces, alpha=0.1, pairs=2) == expected
     assert OnAccess.most <= 3
-    # Each volume once for each flip (training volumes are no queries), one more for each file's shape and each matrix,
+    # Each volume once for each flip (training volumes are not queries), one more for each file's shape and each matrix,
     # and four for each closest pair.
     assert calls["embedded"] == 24 + 2 * 20 + 2 * 16 + 5 + 3 + 2 * 4
     assert max(max(one.volumes.reads.values()) for one in read.values()) <= 20

@@ -198,10 +198,57 @@ def test_a_report_on_validation_volumes_says_what_it_chose():
 
 def test_own_settings_of_the_pipeline_are_one_combination(data):
     pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
-    options = SimpleNamespace(steps=[4], masks=1, batch_size=1, guidance=[1.0], schedulers=["euler"])
+    more = {"guidance_intervals": [(0.0, 1.0)], "autoguidance": [1.0]}
+    options = SimpleNamespace(steps=[4], masks=1, batch_size=1, guidance=[1.0], schedulers=["euler"], **more)
     assert samplers.combinations(pipe, options) == [Combination("own", 20, 1.0), Combination("euler", 4, 1.0)]
-    pipe.sampling_settings = SamplingSettings(7, 2.0)
-    assert samplers.combinations(pipe, options)[0] == Combination("own", 7, 2.0)
+    pipe.sampling_settings = SamplingSettings(7, 2.0, (0.2, 0.8))
+    assert samplers.combinations(pipe, options)[0] == Combination("own", 7, 2.0, (0.2, 0.8))
+    with pytest.raises(ValueError, match="autoguidance_scale 2: the pipeline has no weaker U-Net"):
+        samplers.combinations(pipe, SimpleNamespace(**vars(options) | {"autoguidance": [1.0, 2.0]}))
+
+
+def test_intervals_and_autoguidance_are_combinations(data):
+    """An interval without guidance is none. Calls of the weaker U-Net are counted."""
+    pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
+    pipe.register_modules(unet_weak=tiny_pipeline(1, condition_dropout={"mask": 0.1}).unet)
+    options = SimpleNamespace(
+        steps=[5],
+        masks=1,
+        batch_size=1,
+        guidance=[1.0, 2.0],
+        schedulers=["euler"],
+        guidance_intervals=[(0.0, 1.0), (0.3, 0.7)],
+        autoguidance=[1.0, 1.5],
+    )
+    found = [one for one in samplers.combinations(pipe, options) if one.scheduler == "euler"]
+    assert [one.guidance_in_words for one in found] == [
+        *("1", "1, weak 1.5", "1 in (0.3, 0.7], weak 1.5"),
+        *("2", "2, weak 1.5", "2 in (0.3, 0.7]", "2 in (0.3, 0.7], weak 1.5"),
+    ]
+    _, test = datasets(data[1])
+    inputs = inputs_from_dataset(test, pipe.unet)
+    spent = [sample(pipe, inputs, one)[1]["evaluations_per_volume"] for one in found]
+    assert spent == [5, 10, 7, 10, 15, 7, 9]
+    assert not pipe.unet_weak._forward_pre_hooks
+
+
+def test_a_chosen_interval_and_autoguidance_are_written(tmp_path):
+    pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
+    entry = entry_of("euler", 12, *GOOD, steps=6, guidance=2.0)
+    entry |= {"guidance_interval": [0.2, 0.8], "autoguidance": 1.5}
+    path = write_choice(tmp_path / "samplers.json", [entry], model="m")
+    with pytest.raises(ValueError, match="chose autoguidance 1.5, and the pipeline has no weaker U-Net"):
+        apply_choice(pipe, path, ["m"])
+    pipe.register_modules(unet_weak=pipe.unet)
+    apply_choice(pipe, path, ["m"])
+    assert pipe.sampling_settings == SamplingSettings(6, 2.0, (0.2, 0.8), 1.5)
+    assert choose([entry]) == {
+        **{"scheduler": "euler", "steps": 6, "guidance": 2.0},
+        **{"guidance_interval": [0.2, 0.8], "autoguidance": 1.5},
+    }
+    said = markdown({"evaluation": "samplers", "settings": {}, "combinations": [entry], "chosen": choose([entry])})
+    assert "| euler | 6 | 2 in (0.2, 0.8], weak 1.5 | 12 |" in said
+    assert said.splitlines()[-1].startswith("Chosen: euler in 6 steps, guidance 2 in (0.2, 0.8], weak 1.5: the fewest")
 
 
 def test_the_command_resumes_and_refuses_other_settings(data, tmp_path):

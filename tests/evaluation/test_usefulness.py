@@ -167,7 +167,7 @@ def test_a_table_is_written_unless_the_files_have_no_names(data):
     after = load_cases(DataConfig(**{**section, "table": "two.csv", "split": "split", "test_fraction": 0.0}))
     tests = [{case.name for case in cases if case.split == "test"} for cases in (before, after)]
     assert tests[0] == tests[1] and len(after) == len(tests[0]) + 2
-    with pytest.raises(ValueError, match=r"images/\*\.nii\.gz.*\{name\} in the place of \*"):
+    with pytest.raises(ValueError, match=r"images/\*\.nii\.gz.*\{name\} instead of \*"):
         draw_main(["--config", str(folder / "star.yaml"), "--k", "2", "--output", str(folder / "star.csv")])
 
 

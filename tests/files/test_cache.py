@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from files import cache
-from files.cache import cache_limit, cache_root, contents, parse_size, room_for, touch
+from files import cache, room
+from files.cache import OF_URL, cache_limit, cache_root, contents, make_folder, parse_size, pinned_bytes, touch
 from files.remote import copy_here
+from files.room import room_for
 
 GIB = 1 << 30
 
@@ -38,8 +39,8 @@ def test_the_default_is_half_of_what_the_disk_would_have(copies, monkeypatch):
     assert cache_limit(copies, 10 * GIB) == 25 * GIB
 
 
-def entry(name: str, size: int, used: float) -> Path:
-    path = cache_root() / f"prepared/{name * 40}.safetensors"
+def entry(name: str, size: int, used: float, folder: str = "prepared") -> Path:
+    path = cache_root() / f"{folder}/{name * 40}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(size))
     os.utime(path, (used, used))
@@ -104,7 +105,8 @@ def test_many_writers_stay_below_the_limit(limited):
         for turn in range(5):
             with room_for(90) as fits:
                 assert fits
-                entry(f"{number}_{turn}", 90, 1e9 + turn)
+                path = entry("a", 90, 1e9 + turn)
+                path.rename(path.with_name(f"{5 * number + turn:040x}.safetensors"))
                 sizes.append(contents(cache_root())[0])
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(20)]
@@ -141,3 +143,155 @@ def test_links_of_remote_files_are_removed_with_their_copies(limited):
         assert fits and [view.exists() for view in views] == [False, False, True]
     assert len(list((limited / "files").iterdir())) == len(list((limited / "digests").iterdir())) == 1
     assert (copy_here("memory://bucket/0", lambda path: True) / "a.nii").read_bytes() == bytes(200)
+
+
+def looked_at(monkeypatch) -> list[Path]:
+    """Every time when the folders of the cache are looked at."""
+    looks: list[Path] = []
+    monkeypatch.setattr(room, "contents", lambda root: looks.append(root) or contents(root))
+    return looks
+
+
+def test_a_full_cache_is_looked_at_once_for_many_files(limited, monkeypatch):
+    for number in range(10):
+        entry(f"{number}", 100, 1e9 + number)
+    looks = looked_at(monkeypatch)
+    for letter in "abcdef":
+        with room_for(10) as fits:
+            assert fits
+            entry(letter, 10, 2e9)
+            assert contents(limited)[0] <= 1000
+    assert len(looks) == 1 and contents(limited)[0] == 960
+
+
+def test_the_total_is_not_believed_for_long(limited, monkeypatch):
+    """Other programs remove files, too, and a killed process leaves a part of it."""
+    path = entry("a", 900, 1e9)
+    with room_for(50) as fits:
+        assert fits
+    looks = looked_at(monkeypatch)
+    path.unlink()
+    with room_for(40) as fits:
+        assert fits and not looks
+    monkeypatch.setattr(room, "LOOKED_AGAIN", 0.0)
+    with room_for(10) as fits:
+        assert fits and len(looks) == 1
+    monkeypatch.setattr(room, "LOOKED_AGAIN", 600.0)
+    (limited / "room/total").write_text("[1")
+    with room_for(10) as fits:
+        assert fits and len(looks) == 2
+
+
+def test_bytes_that_are_still_written_count(limited):
+    """Copies take hours, in which other processes make room and write."""
+    entry("a", 300, 1e9)
+    answers: list[bool] = []
+
+    def ask(nbytes: int) -> None:
+        (limited / "room/total").unlink()  # so that the folders are looked at
+        with room_for(nbytes) as fits:
+            answers.append(fits)
+
+    with room_for(600, anyway=True):
+        for nbytes in (500, 400):
+            thread = threading.Thread(target=ask, args=(nbytes,), daemon=True)
+            thread.start()
+            thread.join(timeout=10)
+    ask(450)
+    assert answers == [False, True, True] and not list((limited / "room").glob("*-*"))
+
+
+def test_what_is_written_without_room_counts_too(limited):
+    with room_for(2000, anyway=True) as fits:
+        assert not fits
+        with room_for(10) as more:
+            assert not more
+
+
+def test_promises_of_killed_processes_are_void(limited):
+    make_folder(limited / "room")
+    (limited / "room/900-killed").touch()
+    with room_for(950) as fits:
+        assert fits and not (limited / "room/900-killed").exists()
+
+
+def test_what_did_not_fit_is_not_looked_for_again_at_once(limited, monkeypatch):
+    entry("a", 900, 1e9)
+    looks = looked_at(monkeypatch)
+    for _ in range(20):
+        with room_for(200, generated=True) as fits:
+            assert not fits
+    assert len(looks) == 1
+    with room_for(200) as fits:  # what may remove more
+        assert fits
+    monkeypatch.setattr(room, "REFUSED_AGAIN", 0.0)
+    with room_for(200, generated=True) as fits:
+        assert fits
+
+
+def test_generated_volumes_are_removed_before_all_others(limited):
+    real, older, newer = entry("a", 300, 1e9), entry("b", 300, 2e9, "generated"), entry("c", 300, 3e9, "generated")
+    facts = [path.with_suffix(".json") for path in (real, older, newer)]
+    for path in facts:
+        path.write_text("{}")
+    assert contents(limited)[0] == 900
+    with room_for(200) as fits:
+        assert fits and [path.exists() for path in (real, older, newer, *facts)] == [True, False, True] * 2
+    with room_for(800, generated=True) as fits:
+        assert not fits and real.exists() and not newer.exists()
+    with room_for(700, generated=True) as fits:
+        assert fits and real.exists()
+
+
+def test_copies_of_remote_latents_are_removed_and_no_others(limited):
+    """Nobody could copy a latent cache again that a user put into the folder."""
+    names = [f"0123456789abcdef/0000{number}_00.safetensors" for number in range(2)]
+    copies, own = ([limited / folder / name for name in names] for folder in ("s3/bucket/latents", "latents"))
+    for number, path in enumerate(copies + own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(400))
+        os.utime(path, (1e9 + number, 1e9 + number))
+    (copies[0].parent / OF_URL).touch()
+    assert contents(limited)[0] == 800
+    with room_for(400) as fits:
+        assert fits and [path.exists() for path in copies + own] == [False, True, True, True]
+
+
+def test_pinned_copies_are_counted(copies):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/set/a.nii", bytes(200))
+    memory.pipe("/bucket/set/b.nii", bytes(100))
+    views = [copy_here("memory://bucket/set", lambda path, name=name: path >= name) for name in ("a", "b")]
+    assert len(set(views)) == 2 and pinned_bytes(contents(copies)[1]) == 300  # b.nii is in both
+    cache._pinned.pop(views[0]).close()
+    assert pinned_bytes(contents(copies)[1]) == 100
+
+
+def rights(folder: Path) -> set[tuple[str, int]]:
+    every = [folder, *folder.rglob("*")]
+    return {("folder" if path.is_dir() else "file", path.stat().st_mode & 0o7777) for path in every}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_the_user_or_a_group_that_shares_it_reads(copies, shared):
+    import fsspec
+
+    if shared:
+        copies.mkdir()
+        copies.chmod(0o2770)
+    before = os.umask(0o022)
+    try:
+        fsspec.filesystem("memory").pipe("/bucket/set/below/a.nii", bytes(200))
+        assert (copy_here("memory://bucket/set", lambda path: True) / "below/a.nii").exists()
+    finally:
+        os.umask(before)
+    assert rights(copies) == ({("folder", 0o2770), ("file", 0o660)} if shared else {("folder", 0o700), ("file", 0o600)})
+
+
+def test_a_folder_that_is_there_keeps_its_rights(copies):
+    """One that all may read does not make the files readable."""
+    copies.mkdir(mode=0o755)
+    make_folder(copies / "prepared")
+    assert [path.stat().st_mode & 0o7777 for path in (copies, copies / "prepared")] == [0o755, 0o700]

@@ -176,7 +176,7 @@ def test_parts_go_into_a_folder_that_is_there_and_empty(tmp_path, monkeypatch):
 
 @posix
 def test_folders_that_cannot_be_flushed_are_written_to(tmp_path, monkeypatch):
-    """On CIFS and some of FUSE fsync of a folder is an error, of a file it is none."""
+    """On CIFS and some of FUSE fsync of a folder is an error, of a file it is not."""
     fsync, error = os.fsync, errno.EINVAL
 
     def refuse(descriptor):

@@ -71,7 +71,7 @@ def test_only_what_the_patterns_name_is_copied(folder, copies):
 
 def test_file_urls_are_read_where_they_lie(folder, copies):
     assert_same(f"file://{folder}", folder)
-    assert {path.name for path in copies.iterdir()} <= {"prepared", "sources", ".room.lock"}
+    assert {path.name for path in copies.iterdir()} <= {"prepared", "sources", "room", ".room.lock"}
 
 
 @pytest.mark.parametrize("table", ["cases.csv", "memory://tables/of/cases.csv"])

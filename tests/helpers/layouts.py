@@ -1,6 +1,9 @@
 """Small data sets in the layouts that people have, with awkward names."""
 
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
@@ -162,11 +165,19 @@ def listed(root: Path, count: int = 4, tests: int = 1) -> Path:
 
 def outlined(root: Path, count: int = 5, kind: str = "RTSTRUCT") -> Path:
     """A DICOM tree with masks beside the series: two regions, one of which has another case in a patient, and a PET
-    that shows more, in voxels of another size."""
+    that shows more, in voxels of another size. It is written once for all tests, and copied."""
+    shutil.copytree(_outlined(count, kind).name, root, dirs_exist_ok=True)
+    return root
+
+
+@cache
+def _outlined(count: int, kind: str) -> tempfile.TemporaryDirectory:
     from structures import on_slice, rtstruct, series_of
 
     from volumes import Volume
 
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
     for n in range(count):
         grid, wide = affine((1.5, 1.5, 2.0)), affine((3.0, 3.0, 2.0))
         wide[:3, 3] = [-6, -6, -4]
@@ -193,7 +204,7 @@ def outlined(root: Path, count: int = 5, kind: str = "RTSTRUCT") -> Path:
             rtstruct(drawn, rois).save_as(place / "RS.dcm", enforce_file_format=True)
         else:
             segmentation(drawn, labels, list(rois)).save_as(place / "SEG.dcm")
-    return root
+    return folder
 
 
 def segmentation(slices, labels: np.ndarray, names: list[str]):

@@ -16,6 +16,7 @@ from training import (
     make_accelerator,
     parse_config,
 )
+from training.engine.averages.power import STORED
 from training.engine.tracking import start_trackers
 
 
@@ -82,7 +83,7 @@ def line_config(tmp_path, *args):
     return parse_config(TrainVaeConfig, [*base, *args])
 
 
-def line_loop(config, **options):
+def line_loop(config, items=3, **options):
     accelerator = make_accelerator(config)
     start_trackers(accelerator, config.loop)
     torch.manual_seed(0)
@@ -92,6 +93,7 @@ def line_loop(config, **options):
         config.optimizer,
         ema_decay=config.loop.ema_decay,
         max_steps=config.loop.max_steps,
+        tracked=STORED if config.loop.ema_snapshots else (),
     )
     step = LineStep(learner, **options)
-    return Loop(accelerator, config, step, LineData(), [LineData()[i] for i in range(3)]), step
+    return Loop(accelerator, config, step, LineData(), [LineData()[i] for i in range(items)]), step

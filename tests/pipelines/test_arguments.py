@@ -152,6 +152,8 @@ def test_shapes_and_latents_of_any_type(free, pipe):
 WRONG = {
     "num_inference_steps": ["3", 2.5, True, [3], 0, float("nan"), 10**9, 10**400, torch.tensor(3, device="meta")],
     "guidance_scale": [10**400, torch.tensor(2.0, device="meta"), "2", {"mask": float("nan")}],
+    "guidance_interval": [(0, 10**400), torch.tensor([0.0, 1.0], device="meta"), "01", 0.5, [0.5]],
+    "autoguidance_scale": [10**400, torch.tensor(2.0, device="meta"), "2", {"mask": 2.0}, 2.0],
     "sigmas": [
         [0.3, 0.1],
         [10**400],
@@ -229,13 +231,13 @@ def test_a_record_is_plain(pipe):
         replace(record, numbers={"age": float("nan")}).to_json()
 
 
-def test_all_record_entries_but_two_tell_volumes_apart(pipe):
+def test_all_record_entries_but_three_tell_volumes_apart(pipe):
     """A finished volume is the planned one only if all settings are equal, whatever entries there are."""
     record = pipe.record(VolumeRequest(MASK), SamplingConfig(3), 7)
     other = {one.name: "other" for one in fields(record)} | {"checks": {"copy_check": {}}, "rejected": []}
     for name, value in other.items():
         changed = replace(record, **{name: value})
-        alike = name in ("software", "settings_from")
+        alike = name in ("software", "settings_from", "network_calls")
         assert changed.same_settings(record) == alike
         entry = "copy_check" if name == "checks" else name
         assert changed.differences(record) == ([] if alike else [entry])

@@ -28,7 +28,7 @@ from diffusion import (
 )
 from diffusion.completion import complete_model
 from diffusion.condition_embedding import ConditionEmbedding, fourier_features
-from diffusion.latent_cache import LatentCacheConfig, cache_key
+from diffusion.latents.cache import LatentCacheConfig, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
 from pipelines.planning import volume_seed
 from training import initialize_from

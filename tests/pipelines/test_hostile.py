@@ -281,7 +281,7 @@ def test_an_index_of_shards_does_not_lead_out_of_the_folder(folder, tmp_path):
 
 
 def test_pickles_are_never_opened(folder, tmp_path):
-    """Beside the weights they are left alone, in their place they are refused, under their name they are no
+    """Beside the weights they are left alone, in their place they are refused, under their name they are not
     safetensors."""
     bomb = pickle.dumps(Bomb(tmp_path / "ran"))
     for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pkl"):

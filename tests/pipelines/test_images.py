@@ -26,7 +26,7 @@ from diffusion import (
     make_scheduler,
     training_loss,
 )
-from diffusion.latent_cache import cache_key
+from diffusion.latents.cache import cache_key
 from pipelines import MedVolumePipeline
 from training import initialize_from, ldm
 from volumes import DataConfig, VolumeDataset, load_cases

@@ -20,7 +20,6 @@ from benchmarks import (
     timestep_shift,
 )
 from benchmarks.equal_time import schedule
-from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
 from benchmarks.speed import (
     choices,
     headline,
@@ -31,6 +30,7 @@ from benchmarks.speed import (
     targets,
 )
 from benchmarks.speed.bench import ROOT, Bench, Job
+from benchmarks.speed.fits import deviation_from_proportional, power_law, predict, rise
 from benchmarks.speed.jobs import facts
 from benchmarks.speed.measure import measure
 
@@ -264,13 +264,13 @@ def test_the_readme_is_given_what_was_measured(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps({"measurements": records}))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
-    headline.main([str(tmp_path / "bench.json"), "--readme", str(readme)])
+    headline.main([str(tmp_path / "bench.json"), "--page", str(readme)])
     text = readme.read_text()
     assert "| decode 128³, against MAISI | 2.00 s, 0.100 GB | 50.0 s, 4.00 GB | 25.0 x |" in text
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     readme.write_text("no place")
-    with pytest.raises(ValueError, match="between which the table goes"):
-        headline.main([str(tmp_path / "bench.json"), "--readme", str(readme)])
+    with pytest.raises(ValueError, match="between which the figures go"):
+        headline.main([str(tmp_path / "bench.json"), "--page", str(readme)])
 
 
 def test_a_part_is_cut_and_resumed(tmp_path):

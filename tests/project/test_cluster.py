@@ -229,3 +229,12 @@ def test_a_missing_figure_is_named():
     less = {name: value for name, value in report.items() if name != "date"}
     with pytest.raises(ValueError, match=r"names stages\.date"):
         cluster_page.page(less, read_object(ROOT / "docs/processes.json"))
+
+
+def test_another_report_is_refused_by_name(tmp_path):
+    other = str(ROOT / "docs/processes.json")
+    with pytest.raises(
+        ValueError, match=r"processes\.json: has no benchmark, costs.*give a report of benchmarks\.stages"
+    ):
+        cluster_page.main(["--stages", other, "--output", str(tmp_path / "cluster.md")])
+    assert not (tmp_path / "cluster.md").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.engine.learner import MovingAverage, power_of
+from training.engine.averages.power import MovingAverage, power_of
 
 
 def weights_after(steps: int, length: float) -> np.ndarray:

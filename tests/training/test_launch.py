@@ -1,4 +1,4 @@
-"""Both scripts as users start them, on the phantom: thirty steps lower the loss, and the pipeline folder loads."""
+"""Both scripts on the phantom: thirty steps lower the loss, and the pipeline folder loads. Slowly by launchers, too."""
 
 import os
 import re
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+import train_ldm
+import train_vae
 from pipelines import MedVolumePipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,19 +28,33 @@ def launch(launcher: list[str], script: str, config: str, *args: str) -> list[fl
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    losses = [float(loss) for loss in re.findall(r"step \d+/30  loss ([\d.e-]+)", done.stderr)]
-    assert len(losses) == 6, done.stderr[-4000:]
+    return losses_in(done.stderr)
+
+
+def losses_in(said: str) -> list[float]:
+    losses = [float(loss) for loss in re.findall(r"step \d+/30  loss ([\d.e-]+)", said)]
+    assert len(losses) == 6, said[-4000:]
     return losses
 
 
-@pytest.fixture(scope="module")
-def vae_run(tmp_path_factory) -> tuple[Path, list[float]]:
-    output = tmp_path_factory.mktemp("vae")
-    return output, launch(ONE_PROCESS, "train_vae.py", "vae.yaml", f"--output={output}", "--crops.shape=[16, 16, 16]")
+def train(main, config: str, caplog, *args: str) -> list[float]:
+    """Train as `launch`, in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with caplog.at_level("INFO", logger="training"):
+        main([f"--config={ROOT / 'configs/phantom' / config}", *SMALL, *args])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return losses_in(caplog.text)
 
 
-def test_train_vae(vae_run):
-    output, losses = vae_run
+@pytest.mark.slow
+def test_train_vae_as_users_start_it(tmp_path):
+    losses = launch(ONE_PROCESS, "train_vae.py", "vae.yaml", f"--output={tmp_path}", "--crops.shape=[16, 16, 16]")
+    assert losses[-1] < 0.8 * losses[0] and (tmp_path / "vae").is_dir()
+
+
+def test_both_trainings_leave_a_pipeline(tmp_path, caplog):
+    output = tmp_path / "vae"
+    losses = train(train_vae.main, "vae.yaml", caplog, f"--output={output}", "--crops.shape=[16, 16, 16]")
     assert losses[-1] < 0.8 * losses[0]
     assert {p.name for p in output.iterdir()} == {
         ".medvolume.lock",
@@ -51,13 +68,11 @@ def test_train_vae(vae_run):
         "previews",
         "vae",
     }
-
-
-def test_train_ldm_leaves_a_pipeline(vae_run, tmp_path):
-    args = [f"--vae={vae_run[0] / 'vae'}", f"--output={tmp_path}", "--cache.versions=1", "--inference_steps=2"]
-    losses = launch(ONE_PROCESS, "train_ldm.py", "ldm.yaml", *args)
+    caplog.clear()
+    args = [f"--vae={output / 'vae'}", f"--output={tmp_path / 'ldm'}", "--cache.versions=1", "--inference_steps=2"]
+    losses = train(train_ldm.main, "ldm.yaml", caplog, *args)
     assert losses[-1] < 0.9 * losses[0]
-    pipe = MedVolumePipeline.from_pretrained(tmp_path / "pipeline")
+    pipe = MedVolumePipeline.from_pretrained(tmp_path / "ldm/pipeline")
     pipe.set_progress_bar_config(disable=True)
     mask = torch.zeros(16, 16, 16, dtype=torch.int16)
     mask[4:12, 4:12, 4:12] = 1

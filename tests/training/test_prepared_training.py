@@ -98,6 +98,7 @@ def test_two_processes_of_torchrun_prepare_a_share_each(tmp_path):
         assert len(set(losses_of(both))) == 4
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_cohort_reports_what_it_measures(tmp_path):
     """Preparation and one training of a few phantoms, in a cache that holds two of them."""
     options = parse(["--cases", "6", "--processes", "1", "--steps", "2", "--output", str(tmp_path / "report.json")])

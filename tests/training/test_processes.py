@@ -21,7 +21,7 @@ import evaluate
 from autoencoder import AutoencoderKL3D
 from benchmarks import forked
 from benchmarks.phantom_set import write_phantoms
-from benchmarks.processes import DATA, LOOP, VAE, compare
+from benchmarks.processes import ALL, DATA, LOOP, VAE, compare
 from evaluation.commands import COMMANDS, common
 from evaluation.commands import run_all as everything
 from evaluation.commands.ledger import Ledger
@@ -41,16 +41,20 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_several_processes_have_the_losses_of_one(tmp_path):
-    """Two, with whole and with sharded weights, and four. Those of a run prepare the volumes together."""
-    found = compare(4, tmp_path)
+QUICK_RUNS = {"train_vae": ("one", "sharded"), "train_ldm": ("one", "two")}
+
+
+@pytest.mark.parametrize("chosen", [QUICK_RUNS, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_several_processes_have_the_losses_of_one(tmp_path, chosen):
+    """With whole and with sharded weights. Those of a run prepare the volumes together."""
+    found = compare(4, tmp_path, chosen)
     for script in ("train_vae", "train_ldm"):
         losses, differences = found[script]["losses"], found[script]["largest_relative_difference"]
-        assert list(losses) == ["one", "two", "sharded", "four"]
-        assert [len(values) for values in losses.values()] == [4] * 4 and len(set(losses["one"])) == 4
+        assert list(losses) == list(chosen[script])
+        assert {len(values) for values in losses.values()} == {4} and len(set(losses["one"])) == 4
         assert max(differences.values()) < 1e-4, losses
         stored = [len([*(tmp_path / script / run / "cache/prepared").glob("*.safetensors")]) for run in losses]
-        assert stored == [10] * 4
+        assert set(stored) == {10}
 
 
 def test_two_processes_compare_generated_volumes_as_one(tmp_path):
@@ -174,10 +178,10 @@ _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("few_labels", "
 
 @pytest.mark.parametrize("name", ["dice", *_SLOW])
 def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
-    own = {"dice": [], "few_labels": ["--labels", "2", "all", "--train_on", "real", "both"]}
+    own = {"dice": ["--seeds", "1"], "few_labels": ["--labels", "2", "all", "--train_on", "real", "both"]}
     own["pretrain"] = ["--labels", "2", "--starts", "scratch", "synthetic", "--pretrain_iterations", "2"]
     common = [name, "--config", str(data / "config.yaml"), "--synthetic", str(data / "made"), *QUICK, *own[name]]
-    forked.run("evaluate", [*common, "--output", str(data / "out/one.json")], data / "one.txt")
+    evaluate.main([*common, "--output", str(data / "out/one.json")])
     two = forked.start_two("evaluate", [*common, "--output", str(data / "out/two.json")], data / "two.txt")
     assert [forked.ended(one) for one in two] == [0, 0], (data / "two.0").read_text()[-2000:]
     assert scored(data / "out/one.json") == scored(data / "out/two.json")

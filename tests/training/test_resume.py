@@ -151,7 +151,7 @@ def traced(monkeypatch) -> list[type]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["vae", "ldm"])
+@pytest.mark.parametrize("name", [pytest.param("vae", marks=pytest.mark.slow), "ldm"])
 def test_compiled_equals_eager_and_leaves_the_same_names(name, tmp_path, vae_folder, traced):
     """A run that is compiled for its first half only, on crops, checkpointed and not, ends as one that never was."""
     script = train_vae if name == "vae" else train_ldm

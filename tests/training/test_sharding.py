@@ -17,8 +17,10 @@ from benchmarks import forked
 from benchmarks.processes import DATA, LDM, LOOP, VAE, losses_of
 from training import Learner, LoopConfig, OptimizerConfig
 from training.engine import checkpoints
+from training.engine.averages.power import STORED
+from training.engine.averages.snapshots import Snapshots
 from training.engine.loop import Loop
-from training.engine.sharding import check_sharding, collect, restore
+from training.engine.sharding import check_sharding, collect, on_main, restore, set_whole
 
 STEPS = ["--loop.max_steps=4", "--loop.checkpoint_every=2", "--loop.keep_checkpoints=0", "--optimizer.warmup_steps=2"]
 
@@ -165,6 +167,35 @@ def test_sharded_state_is_restored_and_missing_parts_refused(group):
         less = {**expected, part: {key: value for key, value in expected[part].items() if key != name}}
         with pytest.raises(ValueError, match=f"1 tensors are missing, such as {name}"):
             restore(fresh.network, fresh.ema.module, fresh.optimizer, less)
+
+
+def test_sharded_averages_are_stored_whole(group, tmp_path):
+    """Those that a length is computed from, in snapshots, and from a checkpoint's file back into a learner."""
+
+    def learner(seed: int) -> Learner:
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        one = Learner("net", net, OptimizerConfig(), ema_decay=0.9, max_steps=4, tracked=STORED)
+        one.prepare(group, sharded=True)
+        return one
+
+    trained, fresh = learner(0), learner(1)
+    for step in range(3):
+        trained.backward(trained.model(torch.randn(5, 3)).sigmoid().mean())
+        assert trained.update(step)[0]
+    Snapshots(group, trained, tmp_path, 1, 3).take(3)
+    for length in STORED:
+        whole = on_main(trained.tracked[length].module)
+        stored = load_file(tmp_path / "snapshots" / f"step_000003_{length:.2f}.safetensors")
+        assert stored.keys() == whole.keys() and type(whole["0.weight"]) is torch.Tensor
+        assert all(torch.equal(value, whole[name]) for name, value in stored.items())
+        set_whole(fresh.tracked[length].module, stored)
+        again = on_main(fresh.tracked[length].module)
+        assert all(torch.equal(value, again[name]) for name, value in stored.items())
+        with pytest.raises(ValueError, match="1 tensors are missing, such as 0.bias"):
+            set_whole(fresh.tracked[length].module, {k: v for k, v in stored.items() if k != "0.bias"})
+    rebuilt = Snapshots(group, trained, tmp_path, 1, 3).average_of(0.05)["0.weight"]
+    torch.testing.assert_close(rebuilt, on_main(trained.tracked[0.05].module)["0.weight"])
 
 
 def test_no_process_restores_a_checkpoint_others_find_damaged(accelerator, tmp_path, monkeypatch):

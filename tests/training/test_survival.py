@@ -422,7 +422,7 @@ def test_a_full_disk_under_the_latent_cache_leaves_nothing(tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("diffusion.latent_entry.save_file", full)
+    monkeypatch.setattr("diffusion.latents.entry.save_file", full)
     with pytest.raises(ValueError, match="could not be written .*No space left on device.*cache.folder"):
         build_latent_cache(dataset, vae, tmp_path / "other", progress=False)
     assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]

@@ -22,7 +22,7 @@ from diffusion import (
     make_scheduler,
     training_loss,
 )
-from diffusion.latent_cache import weights_hash
+from diffusion.latents.cache import weights_hash
 from diffusion.objectives import sample_timesteps
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 

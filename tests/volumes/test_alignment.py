@@ -13,7 +13,7 @@ import torch
 from autoencoder import SpaceToDepth3D
 from autoencoder.residual_noise import measure_noise
 from diffusion import LatentCacheConfig
-from diffusion.latent_cache import deformed
+from diffusion.latents.cache import deformed
 from evaluation.data.pairs import Pair, load_pairs
 from evaluation.doctor.cases import examine
 from evaluation.doctor.data_checks import check_geometry

@@ -201,7 +201,7 @@ def test_advice_to_start_from_weights_is_given_where_they_fit():
     assert "--init_from shipped:hippocampus/vae" in str(advice(one))
     assert advice(one, latent_channels=4) is None  # the last layers would stay fresh
     assert advice(one, spacing=(1.0, 1.0, 5.0)) is None
-    assert advice(DataConfig(images="x", intensity=IntensityScaling(**CT))) is None  # HU are no MR
+    assert advice(DataConfig(images="x", intensity=IntensityScaling(**CT))) is None  # HU are not intensities of MR
     mixed = advice(two)
     assert mixed is not None and mixed.startswith("no shipped weights fit an autoencoder that mixes 2 channels")
     assert "per_channel: true, latent_channels: 12, channels: [32, 128]" in mixed

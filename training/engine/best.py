@@ -57,7 +57,9 @@ class BestWeights:
         every = options.sample_every if generates and self.metric == step.distance else options.validate_every
         self.judges = held_out > 0 and every > 0
         wanted = [f"loop.patience {options.patience}"] if options.patience else []
-        wanted += ["loop.export best"] if options.export == "best" else []
+        wanted += [f"loop.export {options.export}"] if options.export != "last" else []
+        if options.export == "posthoc" and not (options.ema_snapshots and options.ema_lengths):
+            raise ValueError("loop.export posthoc: needs loop.ema_snapshots above 0 and loop.ema_lengths")
         if wanted and not self.judges:
             raise ValueError(
                 f"{' and '.join(wanted)}: nothing is validated during the run; hold out subjects "

@@ -36,7 +36,7 @@ from files.documents import read_object
 
 from .learner import Learner
 from .processes import is_peer_failure
-from .sharding import FullState, collect, restore
+from .sharding import FullState, collect, on_main, restore, set_whole
 
 logger = logging.getLogger("training")
 DIGESTS = "digests.json"
@@ -223,6 +223,10 @@ class Checkpointer:
             if self.sharded:
                 save_file(_contiguous(collected["model"]), folder / f"{learner.name}.safetensors")
                 torch.save(collected["optimizer"], folder / f"{learner.name}_optimizer.bin")
+        for length, tracked in learner.tracked.items():
+            tensors = on_main(tracked.module)
+            if self.accelerator.is_main_process:
+                save_file(_contiguous(tensors), folder / tracked_file(learner, length))
 
     def resume(self, resume: str) -> tuple[Path, TrainState] | None:
         """Restore the checkpoint of `resume` (see `find_checkpoint`). Called by every process.
@@ -323,6 +327,12 @@ class Checkpointer:
                 f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume with the config that "
                 "the run was started with, or start another run (--output) from its weights (--init_from)"
             )
+        files = [tracked_file(learner, length) for learner in self.learners for length in learner.tracked]
+        if any(not (path / name).is_file() for name in files):
+            raise ValueError(
+                f"{path}: was written without loop.ema_snapshots, whose averages begin with the run; set it to 0, or "
+                "start another run (--output)"
+            )
         return state
 
     def _load(self, path: Path) -> TrainState:
@@ -337,6 +347,12 @@ class Checkpointer:
                 restore(learner.network, learner.ema.module, learner.optimizer, full)
             else:
                 learner.average.load_state_dict(average, strict=True)
+            for length, tracked in learner.tracked.items():
+                tensors = load_file(path / tracked_file(learner, length))
+                if self.sharded:
+                    set_whole(tracked.module, tensors)
+                else:
+                    tracked.module.load_state_dict(tensors, strict=True)
             learner.updates = state.updates[learner.name]
         if (path / f"rng_{self.accelerator.process_index}.txt").read_text() != rng_digest():
             raise DamagedCheckpoint(f"{path}: the random state could not be restored; is random_states_*.pkl damaged?")
@@ -358,6 +374,11 @@ def _naming_damage(path: Path) -> Iterator[None]:
             f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or belongs to another "
             "model. --resume latest uses the newest intact one"
         ) from error
+
+
+def tracked_file(learner: Learner, length: float) -> str:
+    """Name the file of a power-function average."""
+    return f"{learner.name}_power_{length:.2f}.safetensors"
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

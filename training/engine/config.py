@@ -35,6 +35,7 @@ Config = TypeVar("Config")
 logger = logging.getLogger("training")
 MAX_WORKERS = 1024
 MAX_MINUTES = 366 * 24 * 60
+MAX_SNAPSHOTS = 1000
 MIN_SAMPLE = 4  # volumes in a set that is compared with another
 RHYTHM = (
     "log_every",
@@ -49,6 +50,7 @@ RHYTHM = (
     "run_name",
     "tracker_init",
     "export",
+    "ema_lengths",
 )
 LENGTH = ("max_steps", "patience", "min_delta", "max_skipped", "timeout_minutes", "workers", "compile")
 # Settings that may change in a resumed run: they do not change what is learned.
@@ -114,6 +116,11 @@ class LoopConfig:
         ema_length: length of that average relative to the steps so far, in place of `ema_decay`, so that it grows with
             the run: the sigma_rel of a power function (Karras et al. 2024, section 3.1), where 0.05 to 0.15 are usual.
             Default: the length that `ema_decay` has, the same at all steps.
+        ema_snapshots: how often in the run two more averages, of the lengths 0.05 and 0.1, are stored in `snapshots/`,
+            evenly spread, so that an average of any length can be computed at its end (post-hoc EMA, Karras et al.
+            2024). They take two more copies of the weights in memory, and on the disk twice this number. 8 are enough
+            for lengths from 0.04 to 0.2; 0 stores none.
+        ema_lengths: lengths that `export: posthoc` compares.
         log_every: steps between reports of the losses; between them only one flag is fetched from the device.
         validate_every: steps between validations on held-out subjects; 0 validates at the end only, and keeps no best
             weights.
@@ -125,8 +132,9 @@ class LoopConfig:
             Default: psnr of an autoencoder, loss of a diffusion model.
         patience: end the run after so many validations in a row without a better `best_by`; 0 trains to `max_steps`.
         min_delta: smallest change of `best_by` that counts as better.
-        export: weights that the run leaves in its final folder: last, the averaged weights of the last step, or best,
-            those of `best/`. A finished run writes the other ones with --resume latest.
+        export: weights that the run leaves in its final folder: last, the averaged weights of the last step, best,
+            those of `best/`, or posthoc, the average whose length, of `ema_lengths`, has the best `best_by` on the
+            held-out subjects. A finished run writes the other ones with --resume latest.
         preview_every: steps between previews; 0 draws one at the end only.
         previews: volumes per preview.
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
@@ -152,6 +160,10 @@ class LoopConfig:
     workers: Annotated[int, Range(0, MAX_WORKERS)] | None = None
     ema_decay: ShareBelowOne = 0.999
     ema_length: Annotated[float, Range(0, 0.28, above=True)] | None = None
+    ema_snapshots: Annotated[int, Range(0, MAX_SNAPSHOTS)] = 0
+    ema_lengths: list[Annotated[float, Range(0.01, 0.28)]] = field(
+        default_factory=lambda: [0.03, 0.05, 0.07, 0.1, 0.14, 0.2]
+    )
     log_every: PositiveInt = 20
     validate_every: NonNegativeInt = 500
     sample_every: NonNegativeInt = 0
@@ -159,7 +171,7 @@ class LoopConfig:
     best_by: str | None = None
     patience: NonNegativeInt = 0
     min_delta: NonNegativeFloat = 0.0
-    export: Literal["last", "best"] = "last"
+    export: Literal["last", "best", "posthoc"] = "last"
     preview_every: NonNegativeInt = 500
     previews: NonNegativeInt = 4
     checkpoint_every: NonNegativeInt = 500

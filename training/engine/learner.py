@@ -7,15 +7,16 @@ import copy
 import logging
 import math
 import zlib
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
+from .averages.power import MovingAverage
 from .config import OptimizerConfig
 from .muon import Muon, is_kernel
 from .sharding import local, shard, whole, whole_weights
@@ -34,41 +35,6 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * (config.final_lr_ratio + (1.0 - config.final_lr_ratio) * cosine)
 
 
-def power_of(length: float) -> float:
-    """Return the power g of an average whose weights grow as t^g over the steps t, and whose standard deviation over t
-    is `length` times the steps: length^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, section 3.1)."""
-    inverse = length**-2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
-
-
-class MovingAverage:
-    """A copy of `model` whose parameters follow it slowly. Buffers are copied (a codebook is already an average).
-
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that a short run, too, forgets
-    the random start. With a `length` it is (1 - 1 / n)^(g + 1) (Karras et al. 2024, section 3.1), whose average spans
-    the same part of every run. Both depend on n only: the weights are the only state.
-
-    Args:
-        model: the bare network, before Accelerate wraps it.
-        decay: weight of the past per update; 0 makes the average equal to the model.
-        length: relative length, in place of `decay`, see `power_of`.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, length: float | None = None):
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        self.decay, self.power = decay, None if length is None else power_of(length)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Move toward `model`, whose `updates`-th optimizer step (counted from 1) was just taken."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        if self.power is not None:
-            decay = (1 - 1 / updates) ** (self.power + 1)
-        torch._foreach_lerp_(local(self.module.parameters()), local(model.parameters()), 1.0 - decay)
-        for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
-            average.copy_(current)
-
-
 class Learner(Generic[Model]):
     """A network with everything that trains it.
 
@@ -77,6 +43,7 @@ class Learner(Generic[Model]):
         model: Accelerate's wrapper of it. A step calls it to compute losses, so that gradients are averaged over
             processes.
         ema.module: the moving average of `network`, sharded as it is.
+        tracked: power-function averages of `network` by their lengths, sharded as it is, for `averages.snapshots`.
         average: the moving average with full weights, which is validated and saved: `ema.module`, or, if that is
             sharded, a copy that `gather_average` fills.
     """
@@ -90,11 +57,13 @@ class Learner(Generic[Model]):
         ema_decay: float,
         max_steps: int,
         ema_length: float | None = None,
+        tracked: Sequence[float] = (),
     ):
         self.name, self.config, self.max_steps = name, config, max_steps
         self.network = model
         self.model: Any = model
         self.ema = MovingAverage(model, ema_decay, ema_length)
+        self.tracked = {length: MovingAverage(model, 0.0, length) for length in tracked}
         self.optimizer: Any = self._make_optimizer()
         self._full_average: nn.Module | None = None  # only if the average is sharded
         self._is_gathered = False
@@ -141,7 +110,7 @@ class Learner(Generic[Model]):
             self._full_average = copy.deepcopy(self.ema.module)
             forward = accelerator.autocast()(self.network.forward)  # as Accelerate does without sharding
             self.network.forward = convert_outputs_to_fp32(forward)
-            for module in (self.network, self.ema.module):
+            for module in (self.network, self.ema.module, *(one.module for one in self.tracked.values())):
                 shard(module, accelerator)
             self.optimizer = self._make_optimizer()  # of the sharded weights
             weights = list(self.network.parameters())
@@ -149,7 +118,8 @@ class Learner(Generic[Model]):
             logger.info("%s is sharded: this process holds %d of %d weights", self.name, held, total)
             self.model.train()
             return
-        self.ema.module.to(accelerator.device)
+        for average in (self.ema, *self.tracked.values()):
+            average.module.to(accelerator.device)
         if compile:
             self.network.compile(dynamic=False)
         self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
@@ -175,6 +145,8 @@ class Learner(Generic[Model]):
             self.optimizer.step()
             self.updates += 1
             self.ema.update(self.network, self.updates)
+            for average in self.tracked.values():
+                average.update(self.network, self.updates)
             if self._is_gathered:
                 self._release_average()
         elif self.accelerator.scaler is not None:

@@ -27,6 +27,7 @@ from cli.stopping import (
 from files.atomic import write_text
 from files.documents import read_object
 
+from .averages.snapshots import Snapshots
 from .best import BestWeights
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
 from .config import LoopConfig, RunConfig, config_changes, read_config, refuse_changes, save_config, to_plain
@@ -87,7 +88,10 @@ class Loop:
         folder, keep = self.output / "checkpoints", self.options.keep_checkpoints
         best = self.best.weights
         self.checkpoints = Checkpointer(accelerator, step.learners, folder, keep, self.options.fsdp, best)
+        first, count = step.learners[0], self.options.ema_snapshots
+        self.snapshots = Snapshots(accelerator, first, self.output, count, self.options.max_steps)
         self.state = self._begin_or_resume()
+        self.snapshots.begin(self.state.step)
         self.progress = Progress(self.options.max_steps, self.state.step, enabled=accelerator.is_main_process)
 
     def _begin_or_resume(self) -> TrainState:
@@ -161,10 +165,11 @@ class Loop:
         self.preview()
         if options.export == "best":
             self.best.load()
+        lengths = {"lengths": self._choose_length()} if options.export == "posthoc" else {}
         if accelerator.is_main_process:
             best = {"metric": state.best_metric, "step": state.best_step, "value": state.best_value}
             kept = {} if state.best_value is None else {"best": best, "export": options.export}
-            text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics, **kept}, indent=1)
+            text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics, **kept, **lengths}, indent=1)
             write_text(self.output / "metrics.json", text)
         return metrics
 
@@ -200,6 +205,8 @@ class Loop:
                 self._warn_of_skipped(parts)
             state.samples += accumulation * options.batch_size * accelerator.num_processes
             self._count_skipped(finite)
+            if self.snapshots.is_due(state.step):
+                self.snapshots.take(state.step)
             if finite:
                 totals = {k: v + totals.get(k, 0.0) for k, v in losses.items()}
                 counted.update(losses.keys())
@@ -249,6 +256,29 @@ class Loop:
             state.sampled = state.step
             self._judge("samples", metrics)
         return {name: value for metrics in self.measured.values() for name, value in metrics.items()}
+
+    def _choose_length(self) -> dict[str, float]:
+        """Load the average of the length whose metric (`loop.best_by`) is best on the held-out items into the learner's
+        average, which is then what the run leaves. All lengths see the same noise. Returns each length's metric.
+
+        Raises: CannotContinue without snapshots, if a signal ended it, and if no metric was finite.
+        """
+        average, metric, found = self.step.learners[0].average, self.best.metric, {}
+        self.snapshots.take(self.state.step)  # a run that ended early has none of its last step
+        for length in self.options.ema_lengths:
+            average.load_state_dict({**average.state_dict(), **self.snapshots.average_of(length)})
+            metrics = self.sample(log=False) if metric not in self.step.metrics else self.validate(log=False)
+            if metric not in metrics:
+                raise CannotContinue("loop.export posthoc: was interrupted; --resume latest compares the lengths again")
+            found[length] = metrics[metric]
+            logger.info("average of length %g: %s %.4g", length, metric, found[length])
+        finite = {length: value for length, value in found.items() if math.isfinite(value)}
+        if not finite:
+            raise CannotContinue(f"loop.export posthoc: {metric} is not finite at any length; use --loop.export last")
+        chosen = (max if self.best.more_is_better else min)(finite, key=lambda length: finite[length])
+        average.load_state_dict({**average.state_dict(), **self.snapshots.average_of(chosen)})
+        logger.info("the run leaves the average of length %g", chosen)
+        return {f"{length:g}": value for length, value in found.items()} | {"chosen": chosen}
 
     def _judge(self, kind: str, metrics: dict[str, float]) -> None:
         self.measured[kind] = metrics
@@ -336,7 +366,7 @@ class Loop:
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)
         self.progress.report(self.state.step, values)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, *, log: bool = True) -> dict[str, float]:
         """Return the mean of every metric over the held-out items, which the processes share; empty without such items,
         and if a signal ended it."""
         accelerator, items = self.accelerator, self.validation
@@ -365,10 +395,11 @@ class Loop:
         for part in parts:
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(items)
-        self._log_validation(metrics, f"{len(items)} items")
+        if log:
+            self._log_validation(metrics, f"{len(items)} items")
         return metrics
 
-    def sample(self) -> dict[str, float]:
+    def sample(self, *, log: bool = True) -> dict[str, float]:
         """Generate volumes from the conditions of held-out items, always from the same noise, and return how far they
         are from these. The processes share the volumes. Empty if a signal ended it."""
         accelerator, items, step = self.accelerator, self.validation, self.step
@@ -390,7 +421,8 @@ class Loop:
             return {}
         rows = {number: row for part in parts for number, row in part.items()}
         metrics = step.compare([rows[number] for number in range(count)])
-        self._log_validation(metrics, f"{count} generated volumes")
+        if log:
+            self._log_validation(metrics, f"{count} generated volumes")
         return metrics
 
     def _log_validation(self, metrics: Mapping[str, float], of: str) -> None:

@@ -16,6 +16,7 @@ from files.atomic import remove_leftovers
 from files.locks import only_writer
 from files.writable import check_output_folder
 
+from .averages.snapshots import SNAPSHOTS
 from .best import BEST
 from .checkpoints import list_checkpoints
 from .config import LoopConfig, RunConfig, save_config
@@ -31,7 +32,17 @@ Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger("training")
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
-WRITTEN = (CHECKPOINTS, PREVIEWS, LOGS, BEST, "latents", "vae", "pipeline", "lora")  # folders in a run's output
+WRITTEN = (
+    CHECKPOINTS,
+    PREVIEWS,
+    LOGS,
+    BEST,
+    SNAPSHOTS,
+    "latents",
+    "vae",
+    "pipeline",
+    "lora",
+)  # folders in a run's output
 
 
 def run_training(

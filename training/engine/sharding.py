@@ -71,6 +71,21 @@ def whole_weights(module: nn.Module) -> Mapping[str, Any]:
     return get_model_state_dict(module, options=WHOLE)
 
 
+def on_main(module: nn.Module) -> Mapping[str, Any]:
+    """Gather all weights and buffers in the memory of the main process; empty in the others if they are sharded.
+    Collective."""
+    if any(isinstance(weight, DTensor) for weight in module.parameters()):
+        return get_model_state_dict(module, options=ON_MAIN)
+    return module.state_dict()
+
+
+def set_whole(module: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Load full tensors, sharded as the module is. Raises: ValueError if one is missing."""
+    if missing := sorted(module.state_dict().keys() - tensors.keys()):  # PyTorch would leave them as they are
+        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+    set_model_state_dict(module, dict(tensors), options=WHOLE)
+
+
 class FullState(TypedDict):
     """Everything that a checkpoint holds of a learner, with full tensors."""
 
@@ -91,7 +106,5 @@ def collect(module: nn.Module, average: nn.Module, optimizer: Optimizer) -> Full
 def restore(module: nn.Module, average: nn.Module, optimizer: Optimizer, state: FullState) -> None:
     """Shard what `collect` gathered, after every process has read it. Raises: ValueError if a tensor is missing."""
     for network, tensors in ((module, state["model"]), (average, state["average"])):
-        if missing := sorted(network.state_dict().keys() - tensors.keys()):  # PyTorch would leave them as they are
-            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
-        set_model_state_dict(network, dict(tensors), options=WHOLE)
+        set_whole(network, tensors)
     set_optimizer_state_dict(module, optimizer, dict(state["optimizer"]), options=WHOLE)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -47,7 +48,7 @@ RUN_NAMES = {
 Row = tuple[int, str, Any]  # step, name such as train/loss, value
 
 
-class RunFile(GeneralTracker):
+class RunFile(GeneralTracker, ABC):
     """A file in the run's folder that every report is added to. A resumed run keeps what it says of its steps."""
 
     requires_logging_directory = True
@@ -62,13 +63,13 @@ class RunFile(GeneralTracker):
     def tracker(self) -> Path:
         return self.path
 
+    @abstractmethod
     def parse(self, text: str) -> Iterator[Row]:
         """Yield the rows of a file, without lines that are damaged, such as one that was not finished."""
-        raise NotImplementedError
 
+    @abstractmethod
     def format(self, rows: Sequence[Row]) -> str:
         """Return the lines of one report."""
-        raise NotImplementedError
 
     def head(self) -> str:
         """Return what the file starts with."""

@@ -29,7 +29,7 @@ Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
 @dataclass
 @checked
 class PhantomConfig:
-    """Drawn volumes in the place of files.
+    """Artificial volumes instead of files.
 
     Args:
         count: how many volumes, each its own subject.
@@ -62,7 +62,7 @@ class DataConfig:
         time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
             which one 4-D file can fill several channels.
         units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes
-            them. A pipeline reads masks and images that are given to it likewise.
+            them. A pipeline reads the masks and images of its calls in the same way.
         axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are
             refused.
         subject: column (or named piece of the file name) that says whose volume it is.

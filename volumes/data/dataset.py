@@ -89,8 +89,8 @@ class VolumeDataset(Dataset[Sample]):
         self.skipped: list[tuple[str, str]] = []
         self.facts: list[CaseFacts] = []
         self.held: dict[int, Arrays] = {}  # voxels of volumes that are not stored
-        self._keys: list[str] = []
-        self._store = PreparedStore()
+        self.keys: list[str] = []  # of the prepared volumes: digests of their files' content and of the settings
+        self._store = PreparedStore(generated=bool(cases) and all(case.split == "generated" for case in cases))
         for case, outcome in zip(cases, Preparation(config, self._store).run(cases), strict=True):
             if isinstance(outcome, Ready):
                 self._take(case, outcome)
@@ -116,7 +116,7 @@ class VolumeDataset(Dataset[Sample]):
             self.held[len(self.cases)] = ready.held
         self.cases.append(case)
         self.facts.append(ready.facts)
-        self._keys.append(ready.key)
+        self.keys.append(ready.key)
 
     def _warn_of_windows(self) -> None:
         names = [str(next(iter(case.images.values()), case.name)) for case in self.cases]
@@ -185,7 +185,7 @@ class VolumeDataset(Dataset[Sample]):
 
     def part(self, index: int, box: Box | None = None) -> Part:
         """Read the voxels of a box (slices along X, Y and Z) of a volume, or all of them."""
-        facts, key = self.facts[index], self._keys[index]
+        facts, key = self.facts[index], self.keys[index]
         arrays = self.held.get(index)
         if arrays is None:
             try:

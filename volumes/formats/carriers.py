@@ -33,7 +33,7 @@ REMEDIES = {
     "vtkmodules": WRITE_IT,
     "xarray": "give nibabel.Nifti1Image(array.values, affine) with the affine that you know",
 }
-"""What to give in the place of an object whose geometry is not read, by the library that it is from."""
+"""What to give instead of an object whose geometry is not read, by the library that it is from."""
 
 
 def carries_geometry(source: Any) -> bool:

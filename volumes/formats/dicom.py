@@ -70,6 +70,7 @@ TAGS = [
     "RescaleIntercept",
     "ModalityLUTSequence",
 ]
+SIZE_TAGS = ["Rows", "Columns", "NumberOfFrames", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,23 @@ def read_dicom(path: Path, units: str | None = None) -> RawVolume:
 def series_grid(path: Path, units: str | None = None) -> SourceGrid:
     """Read the grid of a series from the headers of its slices alone. Raises: VolumeError as `read_dicom`."""
     return _read_headers(path, units)[1]
+
+
+def series_size(path: Path) -> tuple[int, float]:
+    """Return about how many voxels a series has, and the mm^3 of one, from the header of its first file and the number
+    of its files. Raises: VolumeError for a file that is not DICOM.
+    """
+    files = [file for file in series_files(path) if is_dicom(file)]
+    if not files:
+        return 0, 0.0
+    try:
+        header = pydicom.dcmread(files[0], stop_before_pixels=True, specific_tags=SIZE_TAGS)
+        pixels = int(header.get("Rows") or 0) * int(header.get("Columns") or 0) * int(header.get("NumberOfFrames") or 1)
+        row, column = map(float, header.get("PixelSpacing") or (0.0, 0.0))
+        apart = float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 0.0)
+    except Exception as error:  # of many kinds, see `_read_slice`
+        raise VolumeError(f"{files[0]}: cannot be read as DICOM: {type(error).__name__}: {error}") from error
+    return len(files) * pixels, row * column * apart
 
 
 def _read_headers(path: Path, units: str | None) -> tuple[list[Slice], SourceGrid]:

@@ -5,6 +5,7 @@ The format: https://itk.org/Wiki/ITK/MetaIO/Documentation. Three dimensions, bin
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,6 +89,19 @@ def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
                 data = read_packed(f"{name} ({fields['elementdatafile']})", beside, nbytes, compressed=compressed)
     values = np.moveaxis(np.frombuffer(data, dtype).reshape((channels, *shape), order="F"), 0, -1)
     return RawVolume(name, values, make_grid(name, shape, affine, "mm" if units else unit, units))
+
+
+def stored_size(path: Path) -> tuple[int, float]:
+    """Return how many voxels a file says that it holds, and the size of one in the cube of its unit of length. Raises:
+    VolumeError for a broken header.
+    """
+    name = str(path)
+    with open_regular(path) as file:
+        fields = _fields(name, file)
+    shape = whole_numbers(name, "DimSize", _required(name, fields, "dimsize"))
+    (channels,) = whole_numbers(name, "ElementNumberOfChannels", fields.get("elementnumberofchannels", "1"), 1)
+    spacing = numbers(name, "ElementSpacing", _required(name, fields, "elementspacing"))
+    return channels * math.prod(shape), math.prod(spacing)
 
 
 def detached_file(path: Path) -> Path | None:

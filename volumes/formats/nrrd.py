@@ -6,6 +6,7 @@ with space directions is required, as nothing else says where the voxels lie.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -89,6 +90,15 @@ def read_nrrd(path: Path, units: str | None = None) -> RawVolume:
     values = np.frombuffer(data, dtype).reshape(shape, order="F")
     values = values[..., None] if channel_axis is None else np.moveaxis(values, channel_axis, -1)
     return RawVolume(name, values, make_grid(name, values.shape[:3], affine, unit, units))
+
+
+def stored_size(path: Path) -> tuple[int, float]:
+    """Return how many voxels a file says that it holds, and the size of one in the cube of its unit of length. Raises:
+    VolumeError for a broken header.
+    """
+    with open_regular(path) as file:
+        shape, _, affine = _geometry(str(path), _fields(str(path), file))
+    return math.prod(shape), float(abs(np.linalg.det(affine[:3, :3])))
 
 
 def detached_file(path: Path) -> Path | None:

@@ -277,8 +277,8 @@ def _warn(name: str, drawn: list[int], beyond: float, voxels: int) -> None:
 def _filled(name: str, contours: list[Placed], sides: tuple[int, int]) -> np.ndarray:
     """The voxels inside the contours of a slice, bool of `sides`.
 
-    Raises: VolumeError for contours that cross each other or are there twice, where they are no XOR contours: it is
-    not said whether what they share is inside.
+    Raises: VolumeError for contours that cross each other or are there twice, unless they are XOR contours: the file
+    does not say whether what they share is inside.
     """
     shapes = sorted(((fill(one.points, sides), one.crossing) for one in contours), key=lambda one: -int(one[0].sum()))
     inside, seen = np.zeros(sides, bool), set()

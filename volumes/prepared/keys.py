@@ -3,7 +3,7 @@
 That is the content of a case's files, the settings of `DataConfig` that change what is prepared, and the version of
 the preparation. Names, places and conditions (classes, numbers) do not matter, so a data set that is moved, or given
 other columns, is not prepared again. The content of a file is read once: its digest is remembered with its path, size,
-times and inode.
+times and inode, until nobody has asked for it for `FORGOTTEN` seconds.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from files.atomic import write_text
-from files.cache import cache_root
+from files.atomic import remove_leftovers, write_text
+from files.cache import cache_root, file_mode, make_folder, mark, touch
 from volumes.data.alignment import MASK
 from volumes.data.cases import Case
 from volumes.data.config import DataConfig
@@ -30,7 +31,12 @@ UNRELATED = (
     *("root", "table", "images", "masks", "subject", "group_by", "split", "test_fraction", "validation_fraction"),
     *("split_seed", "classes", "numbers", "condition_channels", "on_error", "phantom"),
 )
-SETTLED = 2.0  # seconds: a file that changed later may change again without another time
+# Seconds: a file that changed later may change again without another time. File systems count times in up to two
+# seconds, and the clock of a file server may be behind ours.
+SETTLED = 60.0
+FORGOTTEN = 90 * 86400.0  # seconds
+FORGOTTEN_AGAIN = 86400.0  # seconds between two looks at what may be forgotten
+SOURCES, MEMORY = "sources", re.compile("[0-9a-f]{40}")  # the folder of remembered digests, and their names
 
 Stamps = list[list[object]]
 
@@ -77,10 +83,11 @@ def _digests(case: Case) -> dict[str, list[tuple[str, str]]]:
     stamps, now = case_stamps(case), time.time_ns()
     if not stamps:
         return {}
-    memory = cache_root() / "sources" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:40]
+    memory = cache_root() / SOURCES / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:40]
     try:
         digests = json.loads(memory.read_text())
         if _fits(digests, stamps):
+            touch(memory)
             return digests
     except (OSError, ValueError):
         pass
@@ -88,8 +95,25 @@ def _digests(case: Case) -> dict[str, list[tuple[str, str]]]:
     newest = max(int(str(time)) for files in stamps.values() for one in files for time in one[2:4])
     if newest < now - SETTLED * 1e9:
         with contextlib.suppress(OSError):  # a cache that cannot be written to is reported where volumes are written
-            write_text(memory, json.dumps(digests))
+            make_folder(memory.parent)
+            write_text(memory, json.dumps(digests), file_mode())
     return digests
+
+
+def forget_digests() -> None:
+    """Remove the digests of files that nobody asked for in `FORGOTTEN` seconds; looks once a day. Raises: OSError."""
+    folder, now = cache_root() / SOURCES, time.time()
+    looked = folder / ".looked"
+    if not folder.is_dir() or (looked.exists() and abs(now - looked.stat().st_mtime) < FORGOTTEN_AGAIN):
+        return
+    mark(looked)
+    remove_leftovers(folder)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
+                found = entry.stat(follow_symlinks=False)
+                if MEMORY.fullmatch(entry.name) and max(found.st_atime, found.st_mtime) < now - FORGOTTEN:
+                    os.unlink(entry.path)
 
 
 def _fits(digests: object, stamps: Mapping[str, Stamps]) -> bool:

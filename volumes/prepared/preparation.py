@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from files.cache import LIMIT, cache_limit, cache_root, contents
+from files.cache import LIMIT, cache_limit, cache_root, contents, pinned_bytes
 from volumes.data.case_files import first_file, known_labels
 from volumes.data.cases import Case
 from volumes.data.config import DataConfig
@@ -24,6 +24,7 @@ from volumes.volume import VolumeError
 from .case import CaseFacts, prepare_unscaled
 from .entry import Arrays, DamagedEntry, facts_of, pack
 from .keys import case_key, content_stamps, settings_key
+from .memory import MemoryShare, preparing_bytes, processes_here
 from .store import PreparedStore
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,17 @@ class Ready:
 
 
 class Preparation:
-    """Prepares cases as a config says, and stores them."""
+    """Prepares cases as a config says, and stores them.
 
-    def __init__(self, config: DataConfig, store: PreparedStore, *, quiet: bool = False) -> None:
+    Args:
+        processes: how many of those that `torchrun` would count as one do the same on this machine: they divide the
+            memory.
+        quiet: whether to show no progress.
+    """
+
+    def __init__(self, config: DataConfig, store: PreparedStore, *, processes: int = 1, quiet: bool = False) -> None:
         self.config, self.store, self.settings = config, store, settings_key(config)
+        self._memory, self._stopped = MemoryShare(processes * processes_here()), threading.Event()
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
         self._room, self._guard = HELD * memory_bytes(), threading.Lock()
         self._full = False  # whether a volume could not be stored, which a message said
@@ -59,20 +67,26 @@ class Preparation:
         self.store.clean()
         outcomes = self._pass(cases, self._facts)
         ready = [one for one in outcomes if isinstance(one, Ready)]
+        self.store.wanted.update((one.key, one.facts.nbytes) for one in ready)
         missing = [one for one in ready if one.held is None and not self.store.has_voxels(one.key, one.facts)]
-        if not missing or self._full:
+        if self._full or self.store.generated:
             return outcomes
-        needed = sum(one.facts.nbytes for one in ready)
-        limit = cache_limit(cache_root(), contents(cache_root())[0])
-        if needed <= limit:
+        used, removable = contents(cache_root())
+        wanted, pinned = self.store.wanted_of_process(), pinned_bytes(removable)
+        needed, limit = sum(wanted.values()), cache_limit(cache_root(), used)
+        enough = needed + pinned <= limit
+        if enough and not missing:
+            return outcomes
+        if enough:
             keys = {one.key for one in missing}
             lost = [isinstance(one, Ready) and one.key in keys for one in outcomes]
             again = iter(self._pass([c for c, is_lost in zip(cases, lost, strict=True) if is_lost], self._voxels))
             return [next(again) if is_lost else one for one, is_lost in zip(outcomes, lost, strict=True)]
+        copies = f", and the copies of remote files that running jobs use {pinned / 2**30:.3g} GiB" if pinned else ""
         logger.warning(
-            "the %d volumes take %.3g GiB, more than the %.3g GiB that the cache may hold: some are prepared again "
+            "the %d volumes take %.3g GiB%s, more than the %.3g GiB that the cache may hold: some are prepared again "
             "when they are read, which takes time. Raise $%s, or set MEDVOLUME_CACHE to a larger disk",
-            *(len(ready), needed / 2**30, limit / 2**30, LIMIT),
+            *(len(wanted), needed / 2**30, copies, limit / 2**30, LIMIT),
         )
         return outcomes
 
@@ -103,7 +117,8 @@ class Preparation:
                             if self.config.on_error == "raise":
                                 raise
                             outcomes[index] = error
-                except BaseException:  # Ctrl-C too: what was not begun is not read
+                except BaseException:  # Ctrl-C too: what was not begun is not read, and nothing is waited for
+                    self._stopped.set()
                     readers.shutdown(cancel_futures=True)
                     raise
         return [outcomes[index] for index in range(len(cases))]
@@ -120,7 +135,7 @@ class Preparation:
         key = self._key(case)
         found, held = self.store.find(key, case), None
         if found is None or not suffices(key, found):
-            with self.store.claim(key, wait=wait) as mine:
+            with self.store.claim(key, wait=wait, stopped=self._stopped) as mine:
                 if not mine:
                     return None
                 found = self.store.find(key, case)  # another process may have just prepared it
@@ -150,9 +165,11 @@ class Preparation:
         """Prepare and store a case, whose voxels have the checksum `expected`. Returns its facts, its voxels, and
         whether these are stored."""
         before = content_stamps(case)
-        unscaled = prepare_unscaled(case, self.config)
-        arrays = pack(unscaled)
-        facts = facts_of(unscaled, arrays, self.config, len(known_labels(self.config)))
+        with self._memory.take(preparing_bytes(case, self.config), self._stopped):
+            unscaled = prepare_unscaled(case, self.config)
+            arrays = pack(unscaled)
+            facts = facts_of(unscaled, arrays, self.config, len(known_labels(self.config)))
+            del unscaled
         if content_stamps(case) != before or case_key(case, self.settings) != key:
             raise VolumeError(f"{first_file(case)}: changed while it was read; start again when nobody writes to it")
         if expected not in (None, facts.checksum):
@@ -173,11 +190,13 @@ def prepare_cases(
     """
     store = PreparedStore()
     spawned = multiprocessing.get_context("spawn")
-    helpers = [spawned.Process(target=_help, args=(cases, config), daemon=True) for _ in range(processes - 1)]
+    helpers = [
+        spawned.Process(target=_help, args=(cases, config, processes), daemon=True) for _ in range(processes - 1)
+    ]
     for helper in helpers:
         helper.start()
     try:
-        preparation = Preparation(config, store)
+        preparation = Preparation(config, store, processes=processes)
         outcomes = preparation.run(cases)
     finally:
         for helper in helpers:
@@ -195,8 +214,9 @@ def prepare_cases(
     return outcomes
 
 
-def _help(cases: Sequence[Case], config: DataConfig) -> None:
+def _help(cases: Sequence[Case], config: DataConfig, processes: int) -> None:
     """Prepare cases in a process of its own. The first process reports what is refused, because it meets it too."""
     logging.disable(logging.WARNING)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a terminated process leaves behind
     with contextlib.suppress(ValueError, KeyboardInterrupt):
-        Preparation(config, PreparedStore(), quiet=True).run(cases)
+        Preparation(config, PreparedStore(), processes=processes, quiet=True).run(cases)

@@ -1,8 +1,11 @@
-"""The folder of prepared volumes: `prepared/` in the cache, shared by all runs, processes and users of one account.
+"""The folder of prepared volumes: `prepared/` in the cache, shared by all runs and processes of one account, and by the
+group that may write to the cache.
 
     prepared/<key>.safetensors      the voxels; removed when the cache is full, and prepared again when they are read
     prepared/<key>.json             what is known without them, a few kB; stays
     prepared/claims/<key>           locked by the process that prepares it
+    generated/                      the same of generated volumes, which are read for an evaluation and not again: they
+                                    push nothing else out, and are removed first, with what is known of them
 
 A process takes what no other one prepares. So threads, ranks, jobs and machines share the work without knowing of each
 other, whether they see one cache or not, and a preparation that was killed continues.
@@ -11,30 +14,49 @@ other, whether they see one cache or not, and a preparation that was killed cont
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from files.atomic import NO_LOCKS, atomic_files, remove_leftovers
-from files.cache import LIMIT, cache_root, room_for, touch
+from files.cache import GENERATED, LIMIT, PREPARED, cache_root, file_mode, make_folder, touch
 from files.paths import open_regular
+from files.room import room_for
 from volumes.data.cases import Case
 
 from .case import CaseFacts
 from .entry import MAX_FACTS, Arrays, Box, Part, facts_from, facts_text, read_part, write_arrays
+from .keys import forget_digests
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 0.2  # while another process prepares a volume
 
 
 class PreparedStore:
-    """Reads and writes prepared volumes. Remembers which whole ones this process has checked."""
+    """Reads and writes prepared volumes. Remembers which whole ones this process has checked.
 
-    def __init__(self) -> None:
-        self.folder = cache_root() / "prepared"
+    Args:
+        generated: whether they are generated volumes.
+    Attributes:
+        wanted: bytes of the volumes that are read from here, by key.
+    """
+
+    def __init__(self, *, generated: bool = False) -> None:
+        self.generated = generated
+        self.folder = cache_root() / (GENERATED if generated else PREPARED)
+        self.wanted: dict[str, int] = {}
         self._checked: dict[str, tuple[int, ...]] = {}
         self._said = False
+        _in_use.add(self)
+
+    def wanted_of_process(self) -> dict[str, int]:
+        """Return the bytes of the volumes that this process reads from this folder, by key: those of all data sets."""
+        return {key: size for one in [*_in_use] if one.folder == self.folder for key, size in one.wanted.items()}
 
     def voxels(self, key: str) -> Path:
         """Return the file of voxels."""
@@ -43,8 +65,9 @@ class PreparedStore:
     def clean(self) -> None:
         """Remove what killed processes left."""
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.folder)
             remove_leftovers(self.folder)
+            forget_digests()
         except OSError as error:
             self.cannot_write(error)
 
@@ -54,7 +77,7 @@ class PreparedStore:
         try:
             with open_regular(path) as file:
                 return facts_from(file.read(MAX_FACTS).decode(), key, case)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # the last: another user's
             return None
         except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s: damaged (%s); %s is prepared again", path, error, case.name)
@@ -70,20 +93,23 @@ class PreparedStore:
             return False
 
     @contextmanager
-    def claim(self, key: str, *, wait: bool) -> Iterator[bool]:
+    def claim(self, key: str, *, wait: bool, stopped: threading.Event) -> Iterator[bool]:
         """Yield whether no other process prepares this volume, and keep others from it meanwhile.
 
         Args:
-            wait: whether to wait until no other process does.
+            wait: whether to wait until no other process does, or until `stopped` is set.
+        Raises: CancelledError if it is set before.
         """
         place = self.folder / "claims" / key
-        lock = FileLock(place, mode=0o600, fallback_to_soft=False)
+        lock = FileLock(place, mode=file_mode(), fallback_to_soft=False)
         try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
+            make_folder(place.parent)
+            while not _acquired(lock, POLL_SECONDS if wait else 0):
+                if not wait:
+                    yield False
+                    return
+                if stopped.is_set():
+                    raise CancelledError(f"{key}: another process still prepares it")
         except OSError as error:  # then some volumes are prepared twice
             if error.errno not in NO_LOCKS:
                 self.cannot_write(error)
@@ -101,13 +127,14 @@ class PreparedStore:
         """
         known, voxels = self.folder / f"{key}.json", self.voxels(key)
         try:
-            with room_for(facts.nbytes + 1024) as fits:
-                files = atomic_files(voxels, known) if fits else atomic_files(known)
-                with files as unfinished:
+            with room_for(facts.nbytes + 1024, generated=self.generated) as fits:
+                files = [voxels, known] if fits else [] if self.generated else [known]
+                with atomic_files(*files, mode=file_mode()) if files else nullcontext([]) as unfinished:
                     if fits:
                         write_arrays(unfinished[0], key, facts, arrays)
-                    unfinished[-1].touch(0o600)
-                    unfinished[-1].write_text(facts_text(facts, key, case), encoding="utf-8")
+                    if files:
+                        unfinished[-1].touch(0o600)
+                        unfinished[-1].write_text(facts_text(facts, key, case), encoding="utf-8")
             if not fits:
                 self.say(
                     f"prepared volumes of {facts.nbytes / 2**20:.3g} MiB do not fit into the limit of the cache "
@@ -150,3 +177,14 @@ class PreparedStore:
             logger.warning(
                 "%s. Meanwhile they are kept in memory, as far as it goes, or prepared at each read", message
             )
+
+
+_in_use: weakref.WeakSet[PreparedStore] = weakref.WeakSet()
+
+
+def _acquired(lock: FileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True

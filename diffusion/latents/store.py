@@ -4,20 +4,30 @@ An entry's object is named after its entry, length and content, `00012_00-58824-
 truncated object does not count as present, and a damaged one is recognized by its name. Processes that create the same
 entry at the same time write the same object, or two that are both valid. Nothing needs a lock, and there is no index
 that could be damaged.
+
+The copies are a part of this machine's cache: its limit counts them, and those that were read least recently are
+removed when it is full, and copied again when they are read (`files.cache`).
 """
 
 import hashlib
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from files.atomic import atomic_file
+from files.cache import LIMIT, OF_URL, file_mode, make_folder, mark
 from files.remote import (
     connect,
     copy_place,
     download,
     list_files,
 )
+from files.room import room_for
 
+logger = logging.getLogger(__name__)
+HEADER_BYTES = 1024  # of an entry, at most
 OBJECT = re.compile(r"(\d+_\d+)-(\d+)-([0-9a-f]{16})\.safetensors")
 
 
@@ -31,7 +41,26 @@ class LatentStore:
         self.url = url.rstrip("/")
         self.copies = copy_place(self.url)
         self.known: dict[str, str] = {}
+        self._said = False
         self.refresh()
+
+    @property
+    def mode(self) -> int:
+        """The rights of the copies."""
+        return file_mode()
+
+    @contextmanager
+    def room(self, nbytes: int) -> Iterator[None]:
+        """Make room in the cache for a copy of so many bytes, which is written in the block; warn once if there is
+        none.
+        """
+        make_folder(self.copies)
+        mark(self.copies / OF_URL)
+        with room_for(nbytes + HEADER_BYTES, anyway=True) as fits:
+            if not fits and not self._said:
+                self._said = True
+                logger.warning("%s: copies of its latents exceed the limit of the cache (see $%s)", self.url, LIMIT)
+            yield
 
     def refresh(self) -> None:
         """See which entries are there: {file name: name of the object}."""
@@ -72,7 +101,7 @@ class LatentStore:
         found = self.known[file.name]
         _, length, digest = OBJECT.fullmatch(found).groups()  # pyright: ignore[reportOptionalMemberAccess]
         try:
-            with atomic_file(file) as unfinished:  # other processes may fetch it, too
+            with self.room(int(length)), atomic_file(file, self.mode) as unfinished:  # others may fetch it, too
                 if not download(self.url, found, int(length), unfinished).startswith(digest):
                     raise self.damaged(file.name, "its content is not that of its name")
         except OSError as error:

@@ -3,10 +3,11 @@ again each time.
 
 Each entry is a safetensors file, in a folder named by a hash of the autoencoder, the data and the augmentation. So a
 stale cache is never read; another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices,
-padded to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one
+padded to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`entry`): a damaged one
 is made again.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,21 +33,21 @@ from autoencoder.losses.reconstruction import cells_inside
 from autoencoder.model import deciding
 from cli.live_bar import LiveBar
 from files.atomic import atomic_file, remove_leftovers
+from files.cache import touch
 from files.remote import is_url, plain_path
-from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
+from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
 from volumes.data.dataset import Sample
 
-from .conditioning import Conditions
-from .folding import fold_mask
-from .images import image_condition
-from .latent_entry import DamagedEntry, EntryReader, check_latents, write_entry
-from .latent_store import LatentStore
+from ..conditioning import Conditions
+from ..folding import fold_mask
+from ..images import image_condition
+from .entry import DamagedEntry, EntryReader, check_latents, write_entry
+from .store import LatentStore
 
 logger = logging.getLogger(__name__)
-NOT_CACHED = ("classes", "numbers", "condition_channels")  # entries of the data section that latents do not depend on
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 AS_THEY_ARE = LatentCacheConfig()  # one version of each volume
-FORMAT = 2  # part of the key: raise it when entries are made differently
+FORMAT = 3  # part of the key: raise it when entries are made differently
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -58,22 +59,13 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _file_stamp(path: Path | None) -> list[object]:
-    """Return the name of a volume, and size and time of each of its files (slices, voxels beside their header)."""
-    if path is None or not path.exists():
-        return [str(path)]
-    stats = [part.stat() for part in volume_parts(path)]
-    return [path.name, *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
-
-
 def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCacheConfig, seed: int = 0) -> str:
-    """Hash what the latents depend on: format, encoder and its config, preprocessing, files (name, size, time),
-    augmentation. Neither the decoder nor the cache's folder changes them."""
+    """Hash what the latents depend on: format, encoder and its config, the prepared volumes in their order (by content
+    and settings, see `volumes.prepared.keys`, and by their voxels as training sees them), augmentation. Names and times
+    of files, the decoder and the cache's folder do not change them."""
     augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
-    cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
-    data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
-    data["label_map"] = {str(value): target for value, target in dataset.config.label_map.items()}  # names among them
-    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, augmentation]
+    volumes = [[key, facts.digest] for key, facts in zip(dataset.keys, dataset.facts, strict=True)]
+    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), volumes, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -203,8 +195,10 @@ def build_latent_cache(
             entry = {k: v.cpu().contiguous() for k, v in entry.items()} | (
                 {"mask": padded["mask"]} if "mask" in padded else {}
             )
+            room = store.room(sum(tensor.nbytes for tensor in entry.values())) if store else contextlib.nullcontext()
             try:
-                with atomic_file(file) as unfinished:  # another run may be filling the same cache
+                # another run may be filling the same cache
+                with room, atomic_file(file, store and store.mode) as unfinished:
                     write_entry(entry, unfinished, name=entry_name(file))
                     if store:
                         store.put(unfinished, file.name)
@@ -288,12 +282,15 @@ class LatentDataset(Dataset):
         return {**entry, "name": file.stem, **self.conditions[index]}
 
     def _read(self, file: Path) -> dict[str, Tensor]:
+        if self.store:
+            touch(file)
         try:
             return self.reader.read(file, entry_name(file))
         except DamagedEntry as error:
             if not self.store:
                 raise
-            logger.warning("%s: a damaged copy of the latent cache (%s); copied again", file, error)
+            if file.exists():  # else it was removed just now, because the cache is full
+                logger.warning("%s: a damaged copy of the latent cache (%s); copied again", file, error)
             self.store.fetch(file)
         try:
             return self.reader.read(file, entry_name(file))
