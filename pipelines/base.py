@@ -118,6 +118,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self._check_requests(requests)
         sampling = sampling.filled(self.sampling_settings)
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
+        check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale)
         self._timed_scheduler(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
@@ -211,7 +212,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         have."""
         names = {name for volume in volumes for name in volume.condition_names}
         check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
-        check_guidance_of_student(self.unet, scale)
+        check_guidance_of_student(self.unet, scale, None)
 
     # Prepared volumes -> latents -> volumes
 

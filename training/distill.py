@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from accelerate import Accelerator
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D, make_scheduler
 from diffusion.distillation import Teacher
-from diffusion.guidance import interval_in_effect
+from diffusion.guidance import autoguidance_in_effect, interval_in_effect
 from diffusion.latents.cache import weights_hash
 from diffusion.objectives import FLOW_MAP
 from files.documents import FileError
 from pipelines import MedVolumePipeline
 from pipelines.sampling import DEFAULTS
+from pipelines.storage.loading import check_autoguidance
 from volumes.description import DataDescription
 
 from .ldm_config import TrainLdmConfig
@@ -52,23 +54,32 @@ def load_teacher(
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "guidance_interval": options.guidance_interval,
+        "autoguidance_scale": options.autoguidance_scale,
     }
     sampling = {**DEFAULTS, **own, **{name: value for name, value in asked.items() if value is not None}}
+    if options.steps is None and options.calls:
+        multiple = math.lcm(*options.calls)
+        sampling["num_inference_steps"] = -(-sampling["num_inference_steps"] // multiple) * multiple
     scheduler = pipe.scheduler
     if options.scheduler is not None:
         scheduler = make_scheduler(unet.config["objective"], unet.train_steps, name=options.scheduler)
+    strength, weak = autoguidance_in_effect(sampling.get("autoguidance_scale")), None
     try:
+        check_autoguidance(strength, pipe.unet_weak)
+        if strength != 1:
+            weak = pipe.unet_weak.eval().requires_grad_(False).to(accelerator.device)
         teacher = Teacher(
             unet, scheduler, sampling["num_inference_steps"], sampling["guidance_scale"],
-            interval_in_effect(sampling.get("guidance_interval")), options.calls, options.pairs, options.from_images,
-            accelerator.autocast,
+            interval_in_effect(sampling.get("guidance_interval")), weak, strength, options.calls, options.pairs,
+            options.from_images, accelerator.autocast,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"distill: {error}") from error
     logger.info(
-        "the teacher %s samples with %s in %d steps, guidance scale %g%s",
+        "the teacher %s samples with %s in %d steps, guidance scale %g%s%s",
         folder, type(scheduler).__name__, teacher.steps, teacher.guidance,
         "" if teacher.interval is None else f" at noise levels {teacher.interval[0]:g} to {teacher.interval[1]:g}",
+        "" if weak is None else f", autoguidance scale {strength:g}",
     )  # fmt: skip
     return teacher, pipe.data
 

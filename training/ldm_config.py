@@ -47,12 +47,15 @@ class DistillConfig:
     Args:
         teacher: folder of the teacher's pipeline, a rectified flow. The student has the same layers and conditions.
         calls: numbers of denoising steps in which the student learns to sample.
-        steps: denoising steps of the teacher, a multiple of each of `calls`. Default: those of its sampling.json.
+        steps: denoising steps of the teacher, a multiple of each of `calls`. Default: those of its sampling.json,
+            rounded up to one.
         scheduler: class of a diffusers scheduler for the teacher, such as UniPCMultistepScheduler, which needs fewer
             steps. Default: that of its folder.
         guidance_scale: the teacher's guidance, which the student learns. Default: that of its sampling.json.
         guidance_interval: noise levels (lo, hi] in which that guidance acts. Default: those of its sampling.json, or
             all.
+        autoguidance_scale: of the guidance by the teacher's weaker U-Net, which the student learns as well. Default:
+            that of its sampling.json.
         pairs: steps of the student that are trained on each trajectory of the teacher. A trajectory costs as much as
             sampling, so fewer make a training step cheaper, and more make better use of it.
         from_images: share of the trajectories that begin at noised training images instead of noise, for editing.
@@ -64,6 +67,7 @@ class DistillConfig:
     scheduler: str | None = None
     guidance_scale: NonNegativeFloat | None = None
     guidance_interval: tuple[Share, Share] | None = None
+    autoguidance_scale: NonNegativeFloat | None = None
     pairs: PositiveInt = 8
     from_images: Share = 0.1
 

@@ -1,12 +1,17 @@
 """What a student cannot do that its teacher can."""
 
 from ..denoise import steps_of
-from ..guidance import Guidance, guidance_in_effect
+from ..guidance import Guidance, autoguidance_in_effect, guidance_in_effect
 from ..unet import LatentUNet3D
 
 
-def check_guidance_of_student(unet: LatentUNet3D, scale: Guidance) -> None:
+def check_guidance_of_student(unet: LatentUNet3D, scale: Guidance, autoguidance: float | None) -> None:
     """Raise ValueError if a student is to be guided: it has learned its teacher's guidance, which would act twice."""
+    if unet.takes_next_timestep and autoguidance_in_effect(autoguidance) != 1:
+        raise ValueError(
+            f"autoguidance_scale {autoguidance}: this model is a student, which has its teacher's guidance; leave "
+            "it at 1"
+        )
     if unet.takes_next_timestep and guidance_in_effect(scale) not in (1.0, {}):
         raise ValueError(
             f"guidance_scale {scale}: this model is a student, which has its teacher's guidance; leave it at 1, or "

@@ -11,14 +11,14 @@ Axes of latents: (B, C, h, w, d). Times are in the scheduler's units, 0 (clean) 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..conditioning import Conditions
-from ..denoise import StepChange, denoise
+from ..denoise import Autoguidance, StepChange, denoise
 from ..guidance import Guidance, Interval, check_guidance
 from ..objectives import RECTIFIED_FLOW, TRAIN_STEPS, fit_scheduler
 from ..scheduler_options import Scheduler
@@ -37,6 +37,8 @@ class Teacher:
         steps: of its sampling; a multiple of each of `calls`.
         guidance: its guidance, which the student learns.
         interval: noise levels (lo, hi] in which its guidance acts; None: all.
+        weak: its weaker U-Net, for autoguidance.
+        autoguidance: the scale of it, which the student learns as well; up to 1 means none.
         calls: the numbers of steps in which the student samples. It learns the steps of each.
         pairs: steps of each trajectory that a batch is asked for.
         from_images: share of trajectories that begin at a noised image, as editing does; the others begin at noise.
@@ -49,6 +51,8 @@ class Teacher:
     steps: int = 20
     guidance: Guidance = 1.0
     interval: Interval | None = None
+    weak: LatentUNet3D | None = None
+    autoguidance: float = 1.0
     calls: Sequence[int] = (1, 2, 4)
     pairs: int = 8
     from_images: float = 0.0
@@ -140,9 +144,8 @@ class Teacher:
         Returns: the latents at each level (steps + 1, B, C, h, w, d), zero before a sample's first, and the levels
             (steps + 1, B), from 1 to 0.
         """
-        if self.unet.mask_embedding is not None and conditions.mask is not None:  # once, not at each step
-            kwargs = conditions.as_kwargs()
-            conditions = Conditions(**{**kwargs, "mask": self.unet.embed_mask(kwargs["mask"])})
+        conditions, given = _embedded(self.unet, conditions), conditions
+        weak = None if self.weak is None else Autoguidance(self.weak, _embedded(self.weak, given), self.autoguidance)
         states = latents.new_zeros(self.steps + 1, *latents.shape)
         levels = latents.new_zeros(self.steps + 1, len(latents))
         cells = [int(count) for count in weight.flatten(1).sum(1)]
@@ -153,7 +156,8 @@ class Teacher:
         for (begin, shift), rows in groups.items():
             scheduler = fit_scheduler(self.scheduler, RECTIFIED_FLOW, self.unet.train_steps, shift=shift)
             inside = weight[rows]
-            start, own = noise[rows] * inside, conditions.map(lambda tensor, rows=rows: tensor[rows])
+            start, own = noise[rows] * inside, _rows(conditions, rows)
+            own_weak = None if weak is None else replace(weak, conditions=_rows(weak.conditions, rows))
 
             def keep(step: int, timestep: Tensor, after: Tensor, *, begin=begin, rows=rows, inside=inside):
                 states[begin + step + 1, rows] = after * inside
@@ -163,12 +167,24 @@ class Teacher:
             with self.autocast():
                 denoise(
                     self.unet, start, scheduler, own, guidance_scale=self.guidance, guidance_interval=self.interval,
-                    schema=self.unet.condition_schema, num_inference_steps=self.steps, callback=keep, **image,
+                    autoguidance=own_weak, schema=self.unet.condition_schema, num_inference_steps=self.steps,
+                    callback=keep, **image,
                 )  # fmt: skip
             levels[:, rows] = scheduler.sigmas.to(levels)[:, None]
             at = levels[begin, rows].view(-1, *[1] * (latents.ndim - 1))
             states[begin, rows] = start if not begin else (1 - at) * latents[rows] * inside + at * start
         return states, levels
+
+
+def _embedded(unet: LatentUNet3D, conditions: Conditions) -> Conditions:
+    """Return the conditions with the mask embedded, once and not at each step."""
+    if unet.mask_embedding is None or conditions.mask is None:
+        return conditions
+    return replace(conditions, mask=unet.embed_mask(conditions.mask))
+
+
+def _rows(conditions: Conditions, rows: Sequence[int]) -> Conditions:
+    return conditions.map(lambda tensor: tensor[rows])
 
 
 def _uniform(generator: Generators, batch: int, count: int) -> Tensor:

@@ -179,7 +179,7 @@ class PipelineIOMixin(DiffusionPipeline):
         names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
         check_guidance(settings.guidance_scale, schema.dropout, names)
         check_autoguidance(settings.autoguidance_scale, self.unet_weak)
-        check_guidance_of_student(self.unet, settings.guidance_scale)
+        check_guidance_of_student(self.unet, settings.guidance_scale, settings.autoguidance_scale)
         if with_steps and settings.num_inference_steps is not None:
             scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
             set_timesteps(scheduler, settings.num_inference_steps, None, torch.device("cpu"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import Conditions, LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
+from diffusion.denoise import Autoguidance
 from diffusion.distillation import Teacher
 from diffusion.objectives import FLOW_MAP, FLOW_SCHEDULERS, RECTIFIED_FLOW, TRAIN_STEPS
 from training.build import initialize_from
@@ -134,7 +135,8 @@ def conditioned(**changes: Any) -> LatentUNet3D:
 def test_trajectory_is_the_guided_sampling_of_the_teacher():
     unet = conditioned()
     scheduler = make_scheduler(RECTIFIED_FLOW, name="UniPCMultistepScheduler")
-    teacher = Teacher(unet, scheduler, steps=4, guidance=3.0, calls=[1, 2])
+    weak = conditioned(channels=(8, 4), mask_width=2)
+    teacher = Teacher(unet, scheduler, 4, 3.0, (0.3, 0.9), weak, 1.5, calls=[1, 2])
     latents, _, weight, _ = batch(2)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     conditions = Conditions(mask=torch.randint(0, 3, (2, *SHAPE[1:], 8)))
@@ -143,6 +145,7 @@ def test_trajectory_is_the_guided_sampling_of_the_teacher():
         own = conditions.map(lambda tensor, row=row: tensor[[row]])
         fitted = fit_scheduler(scheduler, RECTIFIED_FLOW)
         options = {"guidance_scale": 3.0, "schema": unet.condition_schema, "num_inference_steps": 4, **start}
+        options |= {"guidance_interval": (0.3, 0.9), "autoguidance": Autoguidance(weak, own, 1.5)}
         sampled = denoise(unet, noise[[row]], fitted, own, **options)
         torch.testing.assert_close(states[-1, [row]], sampled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(states[0, 0], noise[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from short_runs import COMMON, LDM, STEPS, Interrupted, everything
+from short_runs import COMMON, LDM, Interrupted, everything
 from tiny import editor_of
 
 import generate
@@ -20,12 +20,14 @@ from pipelines import MedVolumePipeline, SamplingSettings
 from training import LdmTrainingStep
 
 DROPOUT = LDM[0].replace("}", ", condition_dropout: {mask: 0.3}, shift_voxels: 20}")
+STEPS = 5
+SHORT = [f"--loop.max_steps={STEPS}", "--loop.validate_every=0", "--optimizer.gradient_accumulation=1"]
 DISTILL = ["--distill.steps=4", "--distill.guidance_scale=2", "--distill.pairs=2", "--distill.from_images=0.3"]
 
 
 def train(output: Path, vae: Path, *args: str) -> dict[str, float]:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return train_ldm.main([f"--output={output}", f"--vae={vae}", *COMMON, *LDM[1:], *args])
+    return train_ldm.main([f"--output={output}", f"--vae={vae}", *COMMON, *SHORT, *LDM[1:], *args])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_student_resumes_bit_for_bit(student, teacher, tmp_path, vae_folder, mon
 
     def interrupted(self, batch, generators):
         calls.append(1)
-        if len(calls) == 2 * 4 + 2:
+        if len(calls) == STEPS:  # after the checkpoint of step 3
             raise Interrupted
         return original(self, batch, generators)
 
@@ -96,6 +98,10 @@ def test_student_samples_in_few_calls_and_edits(student, tmp_path, monkeypatch):
         volumes[steps] = out.volumes[0]
     with pytest.raises(ValueError, match="this model is a student, which has its teacher's guidance"):
         pipe(mask, guidance_scale=2.0)
+    weak = MedVolumePipeline.from_pretrained(student / "pipeline")
+    weak.load_unet_weak(student / "pipeline")
+    with pytest.raises(ValueError, match="autoguidance_scale 1.5: this model is a student"):
+        weak(mask, autoguidance_scale=1.5)
     pipe.sampling_settings = SamplingSettings(2, 2.0)
     with pytest.raises(ValueError, match="this model is a student"):
         pipe.save_pretrained(tmp_path / "guided")
@@ -111,11 +117,7 @@ def test_student_samples_in_few_calls_and_edits(student, tmp_path, monkeypatch):
     editor(**options, region=region)
     assert len(calls) == 2
     nib.save(mask, tmp_path / "mask.nii.gz")
-    folders = [
-        f"--pipeline={student / 'pipeline'}",
-        f"--masks={tmp_path / 'mask.nii.gz'}",
-        f"--output={tmp_path / 'out'}",
-    ]
+    folders = {"pipeline": student / "pipeline", "masks": tmp_path / "mask.nii.gz", "output": tmp_path / "out"}
     generate.main([*(f"--{name}={path}" for name, path in folders.items()), "--steps=1"])
     [sidecar] = (tmp_path / "out").glob("mask_*.json")
     record = json.loads(sidecar.read_text())
