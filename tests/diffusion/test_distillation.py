@@ -152,6 +152,22 @@ def test_trajectory_is_the_guided_sampling_of_the_teacher():
     torch.testing.assert_close(states[2, 1], (1 - levels[2, 1]) * latents[1] + levels[2, 1] * noise[1])
 
 
+def test_weights_and_conditions_follow_their_samples():
+    """The loss of a batch is the mean over its samples alone, whose masks and padding differ."""
+    teacher = Teacher(conditioned(), make_scheduler(RECTIFIED_FLOW), steps=4, guidance=2.0, pairs=3)
+    student = conditioned(objective=FLOW_MAP)
+    latents, _, weight, _ = batch(2)
+    weight[1, ..., 2:] = 0
+    mask = torch.randint(0, 3, (2, *SHAPE[1:], 8), generator=torch.Generator().manual_seed(2))
+
+    def loss(rows: list[int]) -> float:
+        seeds = [torch.Generator().manual_seed(row) for row in rows]
+        own = latents[rows] * weight[rows], Conditions(mask=mask[rows]), weight[rows]
+        return float(training_loss(student, FLOW_MAP, *own, seeds, teacher=teacher).detach())
+
+    assert loss([0, 1]) == pytest.approx((loss([0]) + loss([1])) / 2, rel=1e-4)
+
+
 def test_student_is_its_teacher_at_first(tmp_path):
     teacher = conditioned()
     teacher.save_pretrained(tmp_path)
