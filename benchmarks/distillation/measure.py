@@ -12,7 +12,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
@@ -37,12 +37,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion import denoise, fit_scheduler, make_scheduler
-from diffusion.guidance import Guidance
+from diffusion import LatentUNet3D, denoise, fit_scheduler, make_scheduler
+from diffusion.denoise import Autoguidance
+from diffusion.distillation import Teacher
 from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW
+from diffusion.scheduler_options import Scheduler
 from evaluation.metrics.spectrum import BAND_EDGES, mean_band_power, ratio_db
 from evaluation.report import check_report, provenance, write_report
 from pipelines import MedVolumePipeline
+from pipelines.storage.loading import load_autoencoder
+from training.distill import load_teacher
 from training.encoder_distance import EncoderDistance, box
 from training.engine.config import parse_config
 from training.held_out import EncodedVolume, encode_held_out
@@ -66,34 +70,42 @@ class Bench:
     """The validation volumes, and the teacher's samples of them."""
 
     def __init__(self, config: TrainLdmConfig, count: int):
-        assert config.distill is not None
-        self.teacher = MedVolumePipeline.from_pretrained(config.distill.teacher)
+        self.vae, rank = load_autoencoder(config.vae), Accelerator(cpu=True)
+        self.teacher = load_teacher(config, self.vae, rank)[0]
         train, held_out = load_split(config.data)
-        assert held_out is not None, "the run has no validation volumes"
-        self.vae, unet = self.teacher.vae, self.teacher.unet
-        images, labels = image_latents(config.data, self.vae), unet.config["num_labels"]
-        items = encode_held_out(held_out, self.vae, config, Accelerator(cpu=True), labels, images)
+        if held_out is None:
+            raise ValueError("the run has no validation volumes: set data.validation_fraction")
+        images, labels = image_latents(config.data, self.vae), self.teacher.unet.config["num_labels"]
+        items = encode_held_out(held_out, self.vae, config, rank, labels, images)
         self.items: list[EncodedVolume] = [items[i] for i in range(min(count, len(items)))]
         self.realism = EncoderDistance(self.vae, PaddedVolumes(train, self.vae.stride))
         self.real_power = mean_band_power([self._inside(item["image"], item) for item in self.items])
-        settings = self.teacher.sampling_settings
-        self.steps, self.guidance = settings.num_inference_steps or 20, settings.guidance_scale or 1.0
-        self.reference = self.samples(self.teacher, self.steps, self.guidance)
+        self.reference, self.calls = self.taught(self.teacher.scheduler, self.teacher.steps)
 
     def _inside(self, image: Tensor, item: EncodedVolume) -> np.ndarray:
         return image[:, *box(item["fov"])][0].float().clamp(-1, 1).numpy()
 
-    def samples(self, pipe: MedVolumePipeline, steps: int, guidance: Guidance, name: str | None = None) -> list[Tensor]:
-        """Return the latents of all validation volumes, always from the same noise."""
-        unet, latents = pipe.unet, []
-        objective = unet.config["objective"]
-        own = pipe.scheduler if name is None else make_scheduler(objective, unet.train_steps, name=name)
+    def taught(self, scheduler: Scheduler, steps: int) -> tuple[list[Tensor], int]:
+        """Return the teacher's samples with its guidance, and its calls of a U-Net for each."""
+        return self.samples(self.teacher.unet, scheduler, steps, self.teacher)
+
+    def samples(
+        self, unet: LatentUNet3D, own: Scheduler, steps: int, guide: Teacher | None = None
+    ) -> tuple[list[Tensor], int]:
+        """Return the latents of all validation volumes, from the same noise for all models, and the calls for each."""
+        latents, calls = [], []
         for number, item in enumerate(self.items):
             noise = torch.randn(item["latents"].shape, generator=torch.Generator().manual_seed(number))
-            scheduler = fit_scheduler(own, objective, unet.train_steps, shift=unet.timestep_shift(noise.shape[2:]))
-            given = {"guidance_scale": guidance, "schema": unet.condition_schema, "num_inference_steps": steps}
-            latents.append(denoise(unet, noise, scheduler, item["conditions"], **given))
-        return latents
+            shift = unet.timestep_shift(noise.shape[2:])
+            scheduler = fit_scheduler(own, unet.config["objective"], unet.train_steps, shift=shift)
+            guidance: dict[str, Any] = {}
+            if guide is not None:
+                guidance = {"guidance_scale": guide.guidance, "guidance_interval": guide.interval}
+            if guide is not None and guide.weak is not None:
+                guidance["autoguidance"] = Autoguidance(guide.weak, item["conditions"], guide.autoguidance)
+            given = {"schema": unet.condition_schema, "num_inference_steps": steps, "count_calls": calls.append}
+            latents.append(denoise(unet, noise, scheduler, item["conditions"], **given, **guidance))
+        return latents, calls[0]
 
     @torch.no_grad()
     def row(self, model: str, calls: int, latents: list[Tensor]) -> Row:
@@ -118,19 +130,18 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     check_report(options.output)
     config = parse_config(TrainLdmConfig, [f"--config={options.run / 'config.yaml'}"])
-    bench, few = Bench(config, options.volumes), max(options.calls)
-    factor = 1 if bench.guidance == 1 else 2  # calls a step
+    bench = Bench(config, options.volumes)
     student = MedVolumePipeline.from_pretrained(options.student or options.run / "pipeline")
-    rows = [bench.row("real volumes, reconstructed", 0, [item["latents"] for item in bench.items])]
-    rows.append(bench.row("teacher", factor * bench.steps, bench.reference))
-    rows.append(bench.row(f"teacher, {few} steps", factor * few, bench.samples(bench.teacher, few, bench.guidance)))
-    if bench.teacher.unet.config["objective"] == RECTIFIED_FLOW:
-        name, steps = "UniPCMultistepScheduler", config.distill.steps if config.distill else None
-        latents = bench.samples(bench.teacher, steps or bench.steps, bench.guidance, name)
-        rows.append(bench.row("teacher, UniPC", factor * (steps or bench.steps), latents))
-    assert student.unet.config["objective"] == FLOW_MAP
-    for calls in options.calls:
-        rows.append(bench.row("student", calls, bench.samples(student, calls, 1.0)))
+    if student.unet.config["objective"] != FLOW_MAP:
+        raise ValueError(f"{options.student or options.run}: is no student, its objective is not {FLOW_MAP}")
+    rows = [bench.row("real latents", 0, [item["latents"] for item in bench.items])]
+    rows.append(bench.row("teacher", bench.calls, bench.reference))
+    for steps in (max(options.calls), 20):
+        latents, calls = bench.taught(make_scheduler(RECTIFIED_FLOW), steps)
+        rows.append(bench.row(f"teacher, {steps} Euler steps", calls, latents))
+    for steps in options.calls:
+        latents, calls = bench.samples(student.unet, student.scheduler, steps)
+        rows.append(bench.row("student", calls, latents))
     for row in rows:
         print(f"{row['model']}, {row['calls']} calls: distance {row['distance']:.3f}, kernel {row['kernel']:.3f}")
     facts = {"volumes": len(bench.items), "bands": list(BAND_EDGES), "load": os.getloadavg()[0]}
