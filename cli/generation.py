@@ -31,6 +31,13 @@ def add_run_arguments(parser: ArgumentParser, per: str) -> None:
     parser.add_argument("--autoguidance_scale", type=Number(NonNegativeFloat), help=auto_help)
     weak_help = "folder of the weaker U-Net, or of its pipeline, in place of the pipeline's own"
     parser.add_argument("--unet_weak", metavar="DIR", help=weak_help)
+    without_help = (
+        "guidance away from the same mask with one label in the place of another, which shows small structures more "
+        "clearly: lesion=organ (the pipeline's, or none)"
+    )
+    parser.add_argument("--guidance_without", nargs="*", type=label_pair, metavar="LABEL=LABEL", help=without_help)
+    scale_help = "of --guidance_without; 1 is none (the pipeline's, or 2)"
+    parser.add_argument("--without_scale", type=Number(NonNegativeFloat), help=scale_help)
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     label_help = "read a label value, or a segment of this name, as a label of the model: 3=1 4=tumor GTV=tumor"

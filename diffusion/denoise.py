@@ -174,6 +174,7 @@ def denoise(
     image: Tensor | None = None,
     strength: float = 1.0,
     region: Tensor | None = None,
+    contrasts: Sequence[tuple[float, Conditions]] = (),
 ) -> Tensor:
     """Turn noise into latents. Deterministic, except for schedulers that add noise (they draw it from `generator`).
 
@@ -201,6 +202,7 @@ def denoise(
         image: clean latents (B, C, h, w, d).
         strength: in (0, 1], the fraction of the steps that is run, counted from the end; 1 starts from pure noise.
         region: bool (B, 1, h, w, d), True where latents are generated; elsewhere they are those of `image`.
+        contrasts: (scale, conditions) from which the prediction is guided away, see `guidance.contrasted`.
     Returns: latents (B, C, h, w, d).
     Raises: ValueError as `set_timesteps` and `steps_of`.
     """
@@ -229,6 +231,7 @@ def denoise(
 
     levels = noise_shares(scheduler)[first:]
     guide = Guide(predict, conditions, schema, guidance_scale, interval_in_effect(guidance_interval))
+    guide.contrasts = contrasts
     if autoguidance is not None:
         guide.weak, guide.autoguidance = _weak_prediction(autoguidance), autoguidance.scale
     with nullcontext() if progress is None else progress(len(timesteps)) as bar:

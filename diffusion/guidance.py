@@ -128,6 +128,20 @@ def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guida
     return [(effect, conditions), (1 - effect, conditions.drop(given, schema))]
 
 
+def contrasted(
+    terms: Sequence[tuple[float, Conditions]], contrasts: Sequence[tuple[float, Conditions]]
+) -> list[tuple[float, Conditions]]:
+    """Add guidance away from other conditions, such as the same mask without its lesion, to `guidance_terms`: for each
+    contrast (s, other), (s - 1) (e(all) - e(other)). The weights still sum to 1. Unlike guidance by a condition, it
+    needs no training without the condition, and a scale below 1 is not raised to it.
+    """
+    if not contrasts:
+        return list(terms)
+    (weight, conditions), *rest = terms
+    weight += sum(scale - 1 for scale, _ in contrasts)
+    return [(weight, conditions), *rest, *((1 - scale, other) for scale, other in contrasts)]
+
+
 def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Prediction:
     """Return a function that maps (noisy latents, timestep) to the weighted sum of the predictions of all terms, from
     one call of `predict`.
@@ -166,6 +180,7 @@ class Guide:
         interval: noise levels in which guidance acts, see `interval_in_effect`; None: all.
         weak: predictions of a weaker network under all conditions; None for none.
         autoguidance: scale of the guidance by `weak`, see `autoguided`.
+        contrasts: (scale, conditions) from which predictions are guided away, see `contrasted`.
         calls: network calls so far for each sample, those of `weak` included.
     """
 
@@ -176,6 +191,7 @@ class Guide:
     interval: Interval | None = None
     weak: Prediction | None = None
     autoguidance: float = 1.0
+    contrasts: Sequence[tuple[float, Conditions]] = ()
     calls: int = 0
     _made: dict[bool, tuple[Prediction, int]] = field(default_factory=dict)
 
@@ -198,6 +214,7 @@ class Guide:
     def _make(self, acts: bool) -> tuple[Prediction, int]:
         """Return the prediction with guidance or without, and its network calls."""
         terms = guidance_terms(self.conditions, self.schema, self.scale if acts else None)
+        terms = contrasted(terms, self.contrasts if acts else ())
         scale = autoguidance_in_effect(self.autoguidance)
         if self.weak is None or scale == 1 or not acts:
             return guided(self.predict, terms), len(terms)

@@ -26,6 +26,7 @@ def training_loss(
     teacher: "Teacher | None" = None,
     absolute: bool = False,
     each: bool = False,
+    emphasis: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean squared error of the prediction over the latent voxels inside the field of view (Ho et al. 2020,
     Eq. 14), or its mean absolute error (as WaveGrad's, Chen et al. 2021). Each volume counts the same, as in
@@ -47,6 +48,9 @@ def training_loss(
             sample's trajectory, which count the same.
         absolute: use the absolute error.
         each: return the loss of each latent channel, (C,); their mean is the loss.
+        emphasis: (B, 1, h, w, d), how much each latent voxel counts beside the others of its volume
+            (`folding.emphasis_of`). The loss is then their weighted mean, so its scale stays. Volumes whose weights are
+            all zero count as 0.
     """
     weight = weight.expand(len(latents), *weight.shape[1:])
     inside = weight.flatten(1).sum(1)
@@ -62,9 +66,13 @@ def training_loss(
         end = {"next_timestep": after}
         rows = torch.arange(len(noisy), device=latents.device) % len(latents)
         weight, inside, conditions = weight[rows], inside[rows], conditions.map(lambda tensor: tensor[rows])
+        emphasis = None if emphasis is None else emphasis.expand(len(latents), *emphasis.shape[1:])[rows]
     prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), **end, return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
+    if emphasis is not None:  # of the error alone: the U-Net and the shift see the field of view as it is
+        error = error * emphasis
+        inside = (weight * emphasis).flatten(1).sum(1)
     if each:
         return (error.flatten(2).sum(2) / inside[:, None].clamp_min(1.0)).mean(0)
     cells = inside * latents.shape[1]

@@ -109,6 +109,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             reason.
         condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
             never dropped cannot be guided (Ho & Salimans 2022).
+        partial_masks: how often training makes a part of the mask unknown (`folding.hide_parts`). A model with this
+            setting takes masks whose labels are known in part; 0 hides no more than the training masks do. Default: it
+            takes whole masks only.
         subjects: records of the training subjects (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
@@ -141,6 +144,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         images: dict[str, PositiveInt] | None = None,
         train_steps: Annotated[int, Range(2, MAX_TIMESTEPS)] | None = None,
         shift_voxels: Annotated[int, Range(1, MAX_SHIFT_VOXELS)] | None = None,
+        partial_masks: ShareBelowOne | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
@@ -152,6 +156,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         check_objective(objective)
         check_train_steps(objective, train_steps)
         check_shift(objective, shift_voxels)
+        if partial_masks is not None and not num_labels:
+            raise ValueError(f"partial_masks {partial_masks}: this model has no mask condition; omit it")
         schema = self.condition_schema
         self.gradient_checkpointing = False
         level_strides = [as_stride(s) for s in strides]
@@ -169,7 +175,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         classes, numbers = classes or {}, numbers or {}
         self.condition_embedding = ConditionEmbedding(classes, numbers, time_width) if classes or numbers else None
         self.mask_embedding = (
-            FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
+            FoldedMaskEmbedding(num_labels + (partial_masks is not None), math.prod(self.mask_stride), mask_width)
+            if num_labels
+            else None
         )
         extra = (mask_width if schema.mask else 0) + len(schema.image_columns)
         self.conv_in = Conv3d(in_channels + extra, channels[0], 3, padding=1)
@@ -219,6 +227,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     def timestep_shift(self, sides: Sequence[int]) -> float:
         """Return the shift of timesteps on a grid of latents (h, w, d); 1 for a model without `shift_voxels`."""
         return shift_of(sides, self.config["shift_voxels"])
+
+    @property
+    def takes_partial_masks(self) -> bool:
+        """Whether masks may hold `volumes.UNKNOWN`."""
+        return self.config["partial_masks"] is not None
 
     @property
     def condition_schema(self) -> ConditionSchema:

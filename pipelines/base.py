@@ -18,9 +18,9 @@ from diffusion.denoise import Autoguidance, set_timesteps
 from diffusion.distillation import check_guidance_of_student
 from diffusion.guidance import Guidance, autoguidance_in_effect
 from diffusion.scheduler_options import Scheduler
-from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition
+from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition, without_labels
 from pipelines.inputs.images import check_images, describe_images
-from pipelines.inputs.masks import describe_mask
+from pipelines.inputs.masks import check_whole, describe_mask, replaced_labels, source_name
 from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
 from pipelines.inputs.request import VolumeRequest
 from pipelines.storage.loading import check_autoguidance, check_components, check_fit, check_weak
@@ -35,7 +35,7 @@ from pipelines.storage.provenance import (
 from pipelines.storage.record import GenerationRecord
 from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
-from volumes import VoxelError
+from volumes import UNKNOWN, VoxelError
 from volumes.description import DataDescription
 from volumes.foreground import box_to_json
 
@@ -118,8 +118,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self._check_requests(requests)
         sampling = sampling.filled(self.sampling_settings)
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
-        check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale)
+        check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale, sampling.without)
         self._timed_scheduler(sampling)
+        self._replaced(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
         for request in requests:
@@ -131,6 +132,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 if request.mask is not None:
                     of_box = request.image_of_box(self.data.crop)
                     grid = self.volume_processor.preprocess(request.mask, request.label_map, of_box)
+                    if grid.labels is not None and not self.unet.takes_partial_masks:
+                        check_whole(grid.labels, source_name(request.mask))
                 elif request.shape is not None:
                     grid = self.volume_processor.preprocess_shape(request.shape)
                 grid = self._add_images(request, grid)
@@ -195,6 +198,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             guidance_interval=sampling.interval,
             autoguidance_scale=None if autoguidance == 1 else autoguidance,
             unet_weak=None if autoguidance == 1 else self.unet_weak_hash,
+            guidance_without=sampling.without,
             settings_from=sampling.settings_from,
             scheduler=self._recorded_scheduler(sampling),
             dtype=self._dtypes(),
@@ -275,6 +279,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.interval,
                     autoguidance=self._autoguidance(sampling, conditions),
+                    contrasts=self._contrasts(sampling, prepared, conditions[0]),
                     schema=self.unet.condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
@@ -301,6 +306,26 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         if len(conditions) == 1:
             return None
         return Autoguidance(self.unet_weak, conditions[1], autoguidance_in_effect(sampling.autoguidance_scale))
+
+    def _replaced(self, sampling: SamplingConfig) -> dict[int, int]:
+        """The label indices that `guidance_without` replaces, and by what. Raises: ValueError for what the model does
+        not know."""
+        if sampling.without is None:
+            return {}
+        replaced = replaced_labels(self.data.labels, sampling.without["labels"])
+        if UNKNOWN in replaced.values() and not self.unet.takes_partial_masks:
+            raise ValueError("guidance_without: this model knows no unknown label; name the label around it instead")
+        return replaced
+
+    def _contrasts(
+        self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume], conditions: Conditions
+    ) -> list[tuple[float, Conditions]]:
+        """The conditions from which a batch is guided away, with their scale."""
+        replaced = self._replaced(sampling)
+        if sampling.without is None or conditions.mask is None:
+            return []
+        other = without_labels(self.unet, volumes, conditions, replaced, self._execution_device)
+        return [] if other is None else [(sampling.without["scale"], other)]
 
     def _samples(
         self,

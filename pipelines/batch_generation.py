@@ -210,7 +210,12 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         mask_pipeline=None,
         output=folder,
         sampling=replace(  # guidance is that of the volumes
-            config.sampling, guidance_scale=None, guidance_interval=None, autoguidance_scale=None
+            config.sampling,
+            guidance_scale=None,
+            guidance_interval=None,
+            autoguidance_scale=None,
+            guidance_without=None,
+            without_scale=None,
         ),
         label_map={},
         lora=None,

@@ -68,6 +68,8 @@ class MedVolumeEditPipeline(VolumePipeline):
         guidance_scale: Guidance = None,
         guidance_interval: Sequence[float] | None = None,
         autoguidance_scale: float | None = None,
+        guidance_without: Mapping[str | int, str | int] | None = None,
+        without_scale: float | None = None,
         num_volumes_per_mask: int = 1,
         generator: Generators = None,
         output_type: str = "nifti",
@@ -103,6 +105,7 @@ class MedVolumeEditPipeline(VolumePipeline):
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         guidance: Any = {"guidance_interval": guidance_interval, "autoguidance_scale": autoguidance_scale}
+        guidance |= {"guidance_without": guidance_without, "without_scale": without_scale}
         sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **guidance)
         sampling = sampling.filled(self.sampling_settings)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)

@@ -1,6 +1,6 @@
 """MedVolumePipeline: masks to volumes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -57,6 +57,8 @@ class MedVolumePipeline(VolumePipeline):
         guidance_scale: Guidance = None,
         guidance_interval: Sequence[float] | None = None,
         autoguidance_scale: float | None = None,
+        guidance_without: Mapping[str | int, str | int] | None = None,
+        without_scale: float | None = None,
         num_volumes_per_mask: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -99,6 +101,12 @@ class MedVolumePipeline(VolumePipeline):
             autoguidance_scale: above 1, guidance away from the pipeline's weaker U-Net (`unet_weak`), under the same
                 conditions (Karras et al. 2024); it adds to `guidance_scale`, and one network call to a step. Default:
                 that of the pipeline, or 1, which is none.
+            guidance_without: guidance away from the same mask without some labels, so that small structures show more
+                clearly: {label: label in its place}, by name or value, such as {"lesion": "organ"}. It needs no
+                training without the mask. It adds to `guidance_scale`, and one network call to each step of volumes
+                with such labels. {} is none. Default: that of the pipeline, or none.
+            without_scale: of `guidance_without`: 1 is none, 2 doubles the difference that the labels make. Default:
+                that of the pipeline, or 2.
             num_volumes_per_mask: volumes per mask (with `shape`, per dict).
             generator: one per volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
                 volumes one seed each is taken from it, see `sampling.sample_generators`. A volume depends on its own
@@ -138,6 +146,7 @@ class MedVolumePipeline(VolumePipeline):
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         guidance: Any = {"guidance_interval": guidance_interval, "autoguidance_scale": autoguidance_scale}
+        guidance |= {"guidance_without": guidance_without, "without_scale": without_scale}
         sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **guidance)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image)

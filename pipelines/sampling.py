@@ -21,12 +21,16 @@ from diffusion.guidance import (
 from diffusion.scheduler_options import MIN_NOISE
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
-from pipelines.storage.record import GenerationRecord
-from pipelines.storage.sampling_settings import SamplingSettings
+from pipelines.storage.record import GenerationRecord, WithoutRecord
+from pipelines.storage.sampling_settings import SamplingSettings, replaced_names, scale_without
 from volumes.formats.carriers import as_array
 
 DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
-OF_PIPELINE = ("num_inference_steps", "guidance_scale", "guidance_interval", "autoguidance_scale")  # in sampling.json
+OF_PIPELINE = (  # in sampling.json
+    *("num_inference_steps", "guidance_scale", "guidance_interval", "autoguidance_scale"),
+    *("guidance_without", "without_scale"),
+)
+WITHOUT_SCALE = 2.0  # of `guidance_without`
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -45,6 +49,9 @@ class SamplingConfig:
         autoguidance_scale: of the guidance by the pipeline's weaker U-Net, 0 to 1 for none; None for the pipeline's
             own.
         settings_from: where steps and guidance came from, which `filled` notes.
+        guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
+            such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
+        without_scale: of that guidance, 1 for none; None for the pipeline's own.
     Raises: ValueError naming the argument.
     """
 
@@ -56,6 +63,8 @@ class SamplingConfig:
     guidance_interval: Interval | None = None
     autoguidance_scale: float | None = None
     settings_from: Mapping[str, str] | None = None
+    guidance_without: Mapping[str | int, str | int] | None = None
+    without_scale: float | None = None
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -64,6 +73,8 @@ class SamplingConfig:
             "sigmas": None if self.sigmas is None else noise_levels(self.sigmas),
             "residual_noise": flag("residual_noise", self.residual_noise),
             "batch_size": whole_number("batch_size", self.batch_size),
+            "guidance_without": None if self.guidance_without is None else replaced_names(self.guidance_without),
+            "without_scale": None if self.without_scale is None else scale_without(self.without_scale),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -104,15 +115,23 @@ class SamplingConfig:
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
         guidance = self.guidance_scale, self.interval, autoguidance_in_effect(self.autoguidance_scale)
-        return self.steps, self.sigmas, *guidance, self.residual_noise
+        return self.steps, self.sigmas, *guidance, self.without, self.residual_noise
 
     @property
     def interval(self) -> Interval | None:
         """The noise levels in which guidance acts; None for all, and where there is no guidance."""
         unguided = guidance_in_effect(self.guidance_scale) in (1.0, {})
-        if unguided and autoguidance_in_effect(self.autoguidance_scale) == 1:
+        if unguided and autoguidance_in_effect(self.autoguidance_scale) == 1 and self.without is None:
             return None
         return interval_in_effect(self.guidance_interval)
+
+    @property
+    def without(self) -> WithoutRecord | None:
+        """The guidance away from masks without some labels, as it is recorded; None for none."""
+        scale = WITHOUT_SCALE if self.without_scale is None else self.without_scale
+        if not self.guidance_without or scale == 1:
+            return None
+        return {"labels": {str(one): other for one, other in self.guidance_without.items()}, "scale": scale}
 
     def check_start(self) -> None:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
@@ -131,6 +150,8 @@ def sampling_of(options: Namespace) -> SamplingConfig:
         batch_size=options.batch_size,
         guidance_interval=None if options.guidance_interval is None else tuple(options.guidance_interval),
         autoguidance_scale=options.autoguidance_scale,
+        guidance_without=None if options.guidance_without is None else dict(options.guidance_without),
+        without_scale=options.without_scale,
     )
 
 

@@ -40,6 +40,7 @@ from pipelines.inputs.prepared import PreparedGrid
 from pipelines.restore import make_restorer
 from volumes import (
     PADDING,
+    UNKNOWN,
     LinearScale,
     Volume,
     VolumeError,
@@ -289,7 +290,8 @@ class VolumeProcessor:
         names = dict(zip(sorted(self.labels), present.tolist(), strict=True))
         if not any(found for value, found in names.items() if value != BACKGROUND):
             return
-        if missing := [self.labels[value] for value in self.common_labels if not names[value]]:
+        hidden = (whole.array == UNKNOWN).any()  # it may be where the label is not known
+        if not hidden and (missing := [self.labels[value] for value in self.common_labels if not names[value]]):
             warnings.warn(
                 f"{name}: has no {', '.join(missing)}, which every training mask has; what the volume shows in its "
                 "place is invented",

@@ -72,6 +72,7 @@ def initialize_from(
     new: str | None = None,
     moved: Mapping[str, str | None] | None = None,
     own: str | None = None,
+    longer: str | None = None,
 ) -> list[str]:
     """Load a trained model's weights into `model`, for fine-tuning. Layers of another shape stay as initialized.
 
@@ -82,6 +83,7 @@ def initialize_from(
         new: a submodule that the trained model may lack, entirely or in part; parameters that it lacks start at zero.
         own: the same, but they stay as initialized.
         moved: layers of the trained model that have another name in this one, or None for layers to skip.
+        longer: a parameter that has more rows than the trained model's; those that it lacks start at zero.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
     Raises: ValueError if keys are missing or unexpected, or if no layer fits.
     """
@@ -90,6 +92,11 @@ def initialize_from(
         layer, _, name = key.rpartition(".")
         if (target := (moved or {}).get(layer, layer)) is not None:
             weights[f"{target}.{name}" if target else name] = tensor
+    if longer in weights and longer in current:
+        missing_rows = len(current[longer]) - len(weights[longer])
+        if missing_rows > 0 and weights[longer].shape[1:] == current[longer].shape[1:]:
+            zeros = weights[longer].new_zeros((missing_rows, *weights[longer].shape[1:]))
+            weights[longer] = torch.cat([weights[longer], zeros])
     lacking = current.keys() - weights.keys()
     added = {key for key in lacking if new and key.startswith(f"{new}.")}
     kept_own = {key for key in lacking if own and key.startswith(f"{own}.")}

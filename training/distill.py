@@ -46,6 +46,11 @@ def load_teacher(
         raise ValueError(
             f"vae {config.vae}: its latents are not those of distill.teacher {folder}; give --vae {folder / 'vae'}"
         )
+    if pipe.sampling_settings.guidance_without:
+        raise ValueError(
+            f"distill.teacher {folder}: its sampling.json has guidance_without, which a student does not learn; "
+            "remove it"
+        )
     config.model = student_model(config.model, pipe.unet)
     if config.init_from is None:
         config.init_from = str(folder / "unet")

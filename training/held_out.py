@@ -33,12 +33,20 @@ class EncodedVolumes:
         latents: their latents.
         num_labels: of the masks that condition the model; 0 without.
         images: the latent channels of each image that conditions it.
+        partial: whether it takes partial masks.
     """
 
     def __init__(
-        self, volumes: PaddedVolumes, latents: LatentDataset, num_labels: int, images: Mapping[str, slice]
+        self,
+        volumes: PaddedVolumes,
+        latents: LatentDataset,
+        num_labels: int,
+        images: Mapping[str, slice],
+        *,
+        partial: bool = False,
     ) -> None:
         self.volumes, self.latents, self.num_labels, self.images = volumes, latents, num_labels, images
+        self.partial = partial
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -53,7 +61,8 @@ class EncodedVolumes:
         tensors = {key: values[None] for key, values in columns.items() if values is not None}
         if self.num_labels:
             assert "mask" in item
-            tensors["mask"] = fold_mask(item["mask"][None], as_stride(self.volumes.stride), self.num_labels)
+            stride = as_stride(self.volumes.stride)
+            tensors["mask"] = fold_mask(item["mask"][None], stride, self.num_labels, partial=self.partial)
         if self.images:
             tensors["image"] = image_condition(latents, self.images, inside)
         return EncodedVolume(**item, latents=latents, inside=inside, conditions=Conditions(**tensors))
@@ -78,7 +87,9 @@ def encode_held_out(
     accelerator: Accelerator,
     num_labels: int,
     images: Mapping[str, slice],
+    *,
+    partial: bool = False,
 ) -> EncodedVolumes:
     """Encode the held-out volumes, as they are, into the latent cache."""
     latents = latents_of(dataset, vae, config, LatentCacheConfig(), accelerator)
-    return EncodedVolumes(PaddedVolumes(dataset, vae.stride), latents, num_labels, images)
+    return EncodedVolumes(PaddedVolumes(dataset, vae.stride), latents, num_labels, images, partial=partial)

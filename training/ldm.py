@@ -5,9 +5,10 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from diffusion import (
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.distillation import Teacher
+from diffusion.folding import cells_with, emphasis_of, hide_parts
 from diffusion.latents.cache import weights_hash
 from diffusion.objectives import Scheduler, default_sampler
 from files.documents import read_object
@@ -53,6 +55,7 @@ from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
 from .held_out import EncodedVolume, encode_held_out, latents_of
+from .label_weights import check_partial_masks, label_weights
 from .ldm_config import TrainLdmConfig
 from .previews import preview_case
 from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
@@ -80,6 +83,7 @@ class LdmTrainingStep:
     Args:
         realism: compares generated with held-out volumes, if `loop.sample_every` asks for it.
         teacher: of a student, whose objective is `flow_map`.
+        label_weights: {label name: (label index, weight)} of the labels whose errors count more or less than others.
     """
 
     distance = "kernel_distance"
@@ -95,6 +99,7 @@ class LdmTrainingStep:
         label_maps: bool = False,
         realism: EncoderDistance | None = None,
         teacher: Teacher | None = None,
+        label_weights: Mapping[str, tuple[int, float]] | None = None,
     ):
         self.label_maps, self.realism = label_maps, realism
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
@@ -113,7 +118,10 @@ class LdmTrainingStep:
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
         self.coded_apart = len(channels) > 1 and vae.num_channel_groups == len(channels) and not label_maps
-        self.metrics = {"loss": False} | {f"loss/{name}": False for name in (channels if self.coded_apart else ())}
+        self.label_weights = dict(label_weights or {})
+        self.partial_masks: float | None = network.config["partial_masks"]
+        parts = [*(channels if self.coded_apart else ()), *self.label_weights]
+        self.metrics = {"loss": False} | {f"loss/{name}": False for name in parts}
 
     def __call__(self, batch: LatentBatch, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """Train on a batch of `collate_latents`."""
@@ -121,10 +129,26 @@ class LdmTrainingStep:
         latents = batch["mean"] + batch["std"] * noise
         # Dropout uses only the global random state, and a resumed run must find it.
         torch.manual_seed(generators[0].initial_seed())
-        conditions = drop_conditions(batch["conditions"], self.schema, self.dropout, generators)
-        loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators)
+        hidden = self._hide(batch["conditions"], generators)
+        conditions = drop_conditions(hidden, self.schema, self.dropout, generators)
+        weighted = {"emphasis": self._emphasis(batch["conditions"])} if self.label_weights else {}
+        loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators, **weighted)
         self.unet.backward(loss)
         return {"loss": loss.detach()}
+
+    def _hide(self, conditions: Conditions, generators: torch.Generator | list[torch.Generator]) -> Conditions:
+        """Make a part of some masks unknown, for a model of partial masks."""
+        if not self.partial_masks or conditions.mask is None:
+            return conditions
+        network = self.unet.network
+        labels, stride = network.config["num_labels"], network.mask_stride
+        return replace(conditions, mask=hide_parts(conditions.mask, stride, labels, self.partial_masks, generators))
+
+    def _emphasis(self, conditions: Conditions) -> Tensor:
+        """Return the weight of each latent voxel by the whole masks of a batch."""
+        assert conditions.mask is not None
+        weights = dict(self.label_weights.values())
+        return emphasis_of(conditions.mask, weights, self.unet.network.config["num_labels"])
 
     def after_update(self, taken: bool) -> None:
         """Do nothing: all state moves by gradients."""
@@ -136,21 +160,35 @@ class LdmTrainingStep:
     @torch.no_grad()
     def validate(self, item: EncodedVolume, generator: torch.Generator) -> dict[str, float]:
         """Return the loss on a held-out volume's latents, with conditions dropped as often as in training: over all
-        channels, and per channel if the autoencoder codes channels separately."""
+        channels, per channel if the autoencoder codes channels separately, and inside each weighted label that the
+        volume has. None of them is weighted by label."""
 
         def repeat(values: Tensor) -> Tensor:
             return values.expand(self.validation_samples, *values.shape[1:])
 
         latents = repeat(item["latents"])
-        conditions = item["conditions"].map(repeat)
+        whole = item["conditions"].map(repeat)
+        conditions = self._hide(whole, generator)
         conditions = drop_conditions(conditions, self.schema, self.dropout, generator)
         # Padding is thinner than a latent voxel, so without `data.resample_to` all latent voxels are inside.
         weight = repeat(item["inside"]).to(latents)
+        state = generator.get_state()
         with self.unet.accelerator.autocast():
             losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
         metrics = {"loss": losses.mean().item()}
         for index, name in enumerate(self.channels if self.coded_apart else ()):
             metrics[f"loss/{name}"] = losses[self.vae.latents_of(index)].mean().item()
+        for name, (label, _) in self.label_weights.items():
+            assert whole.mask is not None
+            here = cells_with(whole.mask, label).to(latents)
+            if not (here * weight).any():
+                continue
+            generator.set_state(state)  # the same timesteps and noise
+            with self.unet.accelerator.autocast():
+                loss = self.loss(
+                    self.unet.average, self.objective, latents, conditions, weight, generator, emphasis=here
+                )
+            metrics[f"loss/{name}"] = loss.item()
         return metrics
 
     @torch.no_grad()
@@ -198,6 +236,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     """Build everything that `run_training` needs to train the U-Net of `config`; encodes the volumes."""
     vae = load_autoencoder(config.vae).to(accelerator.device)
     check_prepared(config, vae, preprocessing(config.data))  # before anything is read
+    check_partial_masks(config)
     train, held_out = load_split(config.data)
     check_prepared(config, vae, train.preprocessing)
     teacher, taught = load_teacher(config, vae, accelerator) if config.distill else (None, None)
@@ -214,14 +253,17 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
     realism = EncoderDistance(vae, PaddedVolumes(train, vae.stride)) if config.loop.sample_every else None
-    step = build_step(config, unet, vae, realism, teacher)
+    step = build_step(config, unet, vae, realism, teacher, label_weights(config, train.labels, unet))
     known_noise = data.residual_noise if taught is None else taught.residual_noise
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), step.inference_steps, None, accelerator.device)
 
     num_labels = unet.config["num_labels"]
     latents = latents_of(train, vae, config, config.cache, accelerator)
-    validation = encode_held_out(held_out, vae, config, accelerator, num_labels, images) if held_out else []
+    partial_masks = unet.takes_partial_masks
+    validation: Any = []
+    if held_out:
+        validation = encode_held_out(held_out, vae, config, accelerator, num_labels, images, partial=partial_masks)
     records = join_records([*earlier, own_record(train, held_out)])
 
     def finish() -> None:
@@ -244,7 +286,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         finish,
         latents,
         validation,
-        collate=partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images),
+        collate=partial(
+            collate_latents, stride=vae.stride, num_labels=num_labels, images=images, partial=partial_masks
+        ),
         contents={**digests(train), "autoencoder": weights_hash(vae.encoder)},
     )
 
@@ -260,6 +304,7 @@ def build_step(
     vae: VolumeAutoencoder,
     realism: EncoderDistance | None = None,
     teacher: Teacher | None = None,
+    label_weights: Mapping[str, tuple[int, float]] | None = None,
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
     loop = config.loop
@@ -277,7 +322,9 @@ def build_step(
     scheduler = partial(make_scheduler, objective, unet.train_steps, name=name, bound=vae.latent_bound())
     label_maps = bool(config.data.image_labels)
     channels, steps = config.data.channels, config.inference_steps or usual
-    return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, teacher)
+    return LdmTrainingStep(
+        learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, teacher, label_weights
+    )
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
@@ -327,10 +374,15 @@ def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
 
 def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at
-    zero; a student's second time is new to its teacher."""
+    zero, and so does what a model of whole masks lacks for partial ones. A student's second time stays as it is."""
     described = Path(folder) / "config.json"
-    moved = moved_embeddings(read_object(described), unet.config) if described.is_file() else None
-    return initialize_from(unet, folder, new="condition_embedding", moved=moved, own="next_embedding")
+    trained = read_object(described) if described.is_file() else None
+    moved = None if trained is None else moved_embeddings(trained, unet.config)
+    longer = None
+    if trained is not None and unet.takes_partial_masks and trained.get("partial_masks") is None:
+        same = trained.get("num_labels") == unet.config["num_labels"]
+        longer = "mask_embedding.table.weight" if same else None  # unknown is the label after the last one
+    return initialize_from(unet, folder, new="condition_embedding", moved=moved, longer=longer, own="next_embedding")
 
 
 def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:

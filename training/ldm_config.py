@@ -86,6 +86,10 @@ class TrainLdmConfig:
             With `distill` it is the teacher's, and absent.
         cache: latents of the training volumes.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
+        loss_weights: how much the error inside a label counts, by its name or value, such as {lesion: 100} for lesions
+            of a few voxels; 1 for all others. A latent voxel has the largest weight of its voxels. The loss is the
+            weighted mean of each volume. Validations log the plain loss, and beside it loss/lesion, that of the latent
+            voxels of the label.
         scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default:
             UniPC for rectified flow, DDIM for the other objectives (`diffusion.objectives.default_sampler`).
         residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
@@ -111,6 +115,7 @@ class TrainLdmConfig:
     model: dict[str, Any] = field(default_factory=dict)
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     loss: Literal["mse", "l1"] = "mse"
+    loss_weights: dict[int | str, PositiveFloat] = field(default_factory=dict)
     scheduler: str | None = None
     residual_noise: bool = False
     gradient_checkpointing: bool = False

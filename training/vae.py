@@ -37,6 +37,7 @@ from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.sampling_order import derive_seed
 from .engine.step import Training
+from .label_weights import weights_by_index
 from .previews import preview_case
 from .splits import PaddedVolumes, WholeVolume, digests, load_split, own_record, refuse_seen
 from .vae_config import AutoencoderLosses, TrainVaeConfig, crop_faults
@@ -61,7 +62,9 @@ class VaeTrainingStep:
         perception: PerceptualLoss | None = None,
         channels: Sequence[str] = ("image",),
         label_maps: bool = False,
+        label_weights: Mapping[int, float] | None = None,
     ):
+        self.label_weights = dict(label_weights or {})
         self.channels, self.label_maps = channels, label_maps
         self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
@@ -74,12 +77,16 @@ class VaeTrainingStep:
         """Train on a batch {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}."""
         image, fov, weights = batch["image"], batch["fov"], self.weights
         reconstruction, latents = self.vae.model(image, sample_posterior=True, return_dict=False, generator=generators)
-        losses = {"l1": l1_loss(reconstruction, image, fov)}
+        emphasis = label_emphasis(batch["mask"], self.label_weights) if self.label_weights else None
+        losses = {"l1": l1_loss(reconstruction, image, fov, emphasis)}
         loss = weights.l1 * losses["l1"]
-        for name, function in (("mse", mse_loss), ("gradient", gradient_loss), ("spectrum", spectrum_loss)):
+        for name, function in (("mse", mse_loss), ("gradient", gradient_loss)):
             if weight := getattr(weights, name):
-                losses[name] = function(reconstruction, image, fov)
+                losses[name] = function(reconstruction, image, fov, emphasis)
                 loss = loss + weight * losses[name]
+        if weights.spectrum:
+            losses["spectrum"] = spectrum_loss(reconstruction, image, fov)
+            loss = loss + weights.spectrum * losses["spectrum"]
         # Padding has no ground truth: there the networks below see the image itself.
         shown = torch.where(fov, reconstruction.float(), image)
         if self.perception is not None:
@@ -162,6 +169,15 @@ class VaeTrainingStep:
             return self.vae.average(image, return_dict=False)[0].float()
 
 
+def label_emphasis(mask: Tensor, weights: Mapping[int, float]) -> Tensor:
+    """Map label indices (B, X, Y, Z) to how much each voxel counts, (B, 1, X, Y, Z) float32: the weight of its label,
+    or 1."""
+    emphasis = torch.ones(mask.shape, device=mask.device)
+    for label, weight in weights.items():
+        emphasis[mask == label] = weight
+    return emphasis[:, None]
+
+
 def decibels(reconstruction: Tensor, image: Tensor, fov: Tensor) -> float:
     """Return the PSNR of (1, C, X, Y, Z) in [-1, 1], where `fov` (1, 1, X, Y, Z) is true, in dB of the whole range."""
     mse = mse_loss(reconstruction.clamp(-1, 1), image, fov).item() / 4  # from [-1, 1] to [0, 1]
@@ -184,7 +200,7 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
     set_seed(config.loop.seed)
     vae: VolumeAutoencoder = build_model(config.model, config.gradient_checkpointing)
     if not list(vae.parameters()):
-        unused = ("init_from", "freeze_encoder", "adversarial", "perceptual", "resume")
+        unused = ("init_from", "freeze_encoder", "adversarial", "perceptual", "resume", "loss_weights")
         if settings := [name for name in unused if getattr(config, name)]:
             raise ValueError(f"{type(vae).__name__} has nothing to train: remove {', '.join(settings)}")
         train, held_out = load_split(config.data)
@@ -200,7 +216,7 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
     if config.init_from:
         check_start(config.init_from, config, train, held_out)
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
-    step = build_step(config, vae)
+    step = build_step(config, vae, weights_by_index(config.loss_weights, train.labels))
     if step.perception is not None:
         step.perception.network.to(accelerator.device)
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
@@ -215,9 +231,15 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
     return Training(step, save, crops, validation, contents=digests(train), measure=measure)
 
 
-def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingStep:
+def build_step(
+    config: TrainVaeConfig, vae: VolumeAutoencoder, label_weights: Mapping[int, float] | None = None
+) -> VaeTrainingStep:
     """Build the training step of `vae`, with optimizers, averages, and the discriminator and perceptual network of the
-    config."""
+    config.
+
+    Args:
+        label_weights: {label index: weight} of `loss_weights`.
+    """
     loop = config.loop
     learner = Learner(
         "vae",
@@ -231,7 +253,8 @@ def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingSte
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None
     label_maps = bool(config.data.image_labels)
-    return VaeTrainingStep(learner, config.losses, adversary, perception, config.data.channels, label_maps)
+    channels = config.data.channels
+    return VaeTrainingStep(learner, config.losses, adversary, perception, channels, label_maps, label_weights)
 
 
 def init_vae(vae: VolumeAutoencoder, config: TrainVaeConfig) -> None:

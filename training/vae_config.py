@@ -10,6 +10,7 @@ from cli.settings import (
     Checkpoint,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Range,
     UserPath,
@@ -130,6 +131,8 @@ class TrainVaeConfig:
         model: `class:` and that class's constructor arguments.
         crops: patches, the training samples.
         losses: weights of the losses.
+        loss_weights: how much l1, mse and gradient count inside a label of the masks, by its name or value, such as
+            {lesion: 30}; 1 for all other voxels. So lesions of a few voxels are not painted over.
         perceptual: a perceptual loss by a frozen network; default: none.
         adversarial: a discriminator, which sharpens reconstructions; default: none.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -150,6 +153,7 @@ class TrainVaeConfig:
     model: dict[str, Any]
     crops: CropConfig = field(default_factory=CropConfig)
     losses: AutoencoderLosses = field(default_factory=AutoencoderLosses)
+    loss_weights: dict[int | str, PositiveFloat] = field(default_factory=dict)
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
     gradient_checkpointing: bool = False

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
     from .placement import Placement, pad_or_crop, pad_to_multiple
     from .resampling import resample, resample_to
-    from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, grid_numbers, same_grid
+    from .volume import PADDING, UNKNOWN, SourceGrid, Volume, VolumeError, describe_grid, grid_numbers, same_grid
 
 __all__ = [
     "PADDING",
@@ -51,6 +51,7 @@ __all__ = [
     "PhantomConfig",
     "Placement",
     "SourceGrid",
+    "UNKNOWN",
     "Volume",
     "VolumeDataset",
     "VolumeError",

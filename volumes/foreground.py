@@ -12,7 +12,7 @@ import numpy as np
 from cli.settings import FiniteFloat, NonNegativeFloat, checked, faults
 
 from .placement import Placement, pad_or_crop
-from .volume import PADDING, Volume
+from .volume import Volume
 
 MIN_PIECE = 0.01  # of the largest piece: what is smaller is noise, and what is as large (a second leg) is not
 MASK_LABELS = "mask"
@@ -91,13 +91,13 @@ def above_value(array: np.ndarray, value: float) -> np.ndarray:
 
 
 def labeled(indices: np.ndarray, labels: Sequence[int]) -> np.ndarray:
-    """Return where a mask (X, Y, Z) of label indices shows neither background nor PADDING.
+    """Return where a mask (X, Y, Z) of label indices shows a label other than the background.
 
     Args:
         labels: label values; the background is 0, or without it the lowest.
     """
     known = sorted(labels)
-    return (indices != PADDING) & (indices != (known.index(0) if 0 in known else 0))
+    return (indices >= 0) & (indices != (known.index(0) if 0 in known else 0))
 
 
 def box_around(inside: np.ndarray, spacing: Sequence[float], margin: float) -> Placement | None:

@@ -10,17 +10,24 @@ import numpy as np
 
 from files.names import nfc
 
-from .volume import VolumeError
+from .volume import UNKNOWN, VolumeError
 
 VALUES = 1 << 16  # of int16; numpy's negative indices wrap, so a table of this size serves negative labels too
 
 
 def label_indices(
-    labels: np.ndarray, known: Iterable[int], label_map: Mapping[Any, int] | None = None, *, name: str = "mask"
+    labels: np.ndarray,
+    known: Iterable[int],
+    label_map: Mapping[Any, int] | None = None,
+    *,
+    name: str = "mask",
+    partial: bool = False,
 ) -> np.ndarray:
     """Map label values (int16, any shape) to int16 indices of the sorted `known` values, after `label_map` {value:
     known}. Names of segments in it were read with the file, see `segment_values`.
 
+    Args:
+        partial: whether `label_map` may lead to `UNKNOWN`, which is then the index of these voxels.
     Raises VolumeError, which names the mask and the values, for labels that are neither known nor mapped.
     """
     order = sorted(known)
@@ -33,6 +40,8 @@ def label_indices(
         target = (label_map or {}).get(value, value)
         if target in order:
             table[value] = order.index(target)
+        elif partial and target == UNKNOWN and UNKNOWN in (label_map or {}).values():
+            table[value] = UNKNOWN
         else:
             unknown.append(value)
     if unknown:

@@ -18,6 +18,8 @@ from files.remote import with_urls
 GRID_NUMBERS = tuple(f"{what}_{axis}" for what in ("spacing", "size") for axis in "xyz")
 PADDING = -1
 """Label of the voxels outside the field of view: padding is not background, which is a label like any other."""
+UNKNOWN = -2
+"""Label of the voxels whose label is not known: a model of partial masks fills them in."""
 
 
 class VolumeError(ValueError):

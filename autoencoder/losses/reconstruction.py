@@ -13,11 +13,16 @@ from ..posterior import DiagonalGaussian3D, LatentDistribution
 from ..vq import QuantisedLatents
 
 
-def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
+def masked_mean(values: Tensor, fov: Tensor, emphasis: Tensor | None = None) -> Tensor:
     """Average `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z), then over volumes; a volume
     without any counts as 0.
+
+    Args:
+        emphasis: (B, 1, X, Y, Z), how much each voxel counts beside the others of its volume.
     """
     weight = fov.to(values.dtype).expand_as(values)
+    if emphasis is not None:
+        weight = weight * emphasis
     return ((values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
 
 
@@ -33,27 +38,31 @@ def difference(reconstruction: Tensor, target: Tensor) -> Tensor:
     return reconstruction - target
 
 
-def l1_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Compute the mean absolute error inside the field of view."""
-    return masked_mean(difference(reconstruction, target).abs(), fov)
+def l1_loss(reconstruction: Tensor, target: Tensor, fov: Tensor, emphasis: Tensor | None = None) -> Tensor:
+    """Compute the mean absolute error inside the field of view, weighted by `emphasis` (`masked_mean`)."""
+    return masked_mean(difference(reconstruction, target).abs(), fov, emphasis)
 
 
-def mse_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Compute the mean squared error inside the field of view."""
-    return masked_mean(difference(reconstruction, target) ** 2, fov)
+def mse_loss(reconstruction: Tensor, target: Tensor, fov: Tensor, emphasis: Tensor | None = None) -> Tensor:
+    """Compute the mean squared error inside the field of view, weighted by `emphasis` (`masked_mean`)."""
+    return masked_mean(difference(reconstruction, target) ** 2, fov, emphasis)
 
 
-def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
+def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor, emphasis: Tensor | None = None) -> Tensor:
     """Compute the mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu
     et al. 2016, Eq. 6, alpha = 1).
 
-    It rewards sharp edges, where an absolute error alone accepts a blur.
+    It rewards sharp edges, where an absolute error alone accepts a blur. With `emphasis` (`masked_mean`), a pair has
+    the larger weight of its two voxels.
     """
     error, losses = difference(reconstruction, target), []
     for axis in (2, 3, 4):
         n = error.shape[axis] - 1
         both = fov.narrow(axis, 0, n) & fov.narrow(axis, 1, n)
-        losses.append(masked_mean((error.narrow(axis, 1, n) - error.narrow(axis, 0, n)).abs(), both))
+        weight = None
+        if emphasis is not None:
+            weight = torch.maximum(emphasis.narrow(axis, 0, n), emphasis.narrow(axis, 1, n))
+        losses.append(masked_mean((error.narrow(axis, 1, n) - error.narrow(axis, 0, n)).abs(), both, weight))
     return sum(losses) / 3  # pyright: ignore[reportReturnType]
 
 

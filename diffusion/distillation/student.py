@@ -5,8 +5,12 @@ from ..guidance import Guidance, autoguidance_in_effect, guidance_in_effect
 from ..unet import LatentUNet3D
 
 
-def check_guidance_of_student(unet: LatentUNet3D, scale: Guidance, autoguidance: float | None) -> None:
+def check_guidance_of_student(
+    unet: LatentUNet3D, scale: Guidance, autoguidance: float | None, without: object = None
+) -> None:
     """Raise ValueError if a student is to be guided: it has learned its teacher's guidance, which would act twice."""
+    if unet.takes_next_timestep and without:
+        raise ValueError("guidance_without: this model is a student, which cannot be guided; sample its teacher")
     if unet.takes_next_timestep and autoguidance_in_effect(autoguidance) != 1:
         raise ValueError(
             f"autoguidance_scale {autoguidance}: this model is a student, which has its teacher's guidance; leave "

@@ -309,7 +309,12 @@ class LatentBatch(TypedDict):
 
 
 def collate_latents(
-    items: Sequence[dict], stride: Sequence[int], num_labels: int, images: Mapping[str, slice] | None = None
+    items: Sequence[dict],
+    stride: Sequence[int],
+    num_labels: int,
+    images: Mapping[str, slice] | None = None,
+    *,
+    partial: bool = False,
 ) -> LatentBatch:
     """Batch entries of any shapes, each cropped or padded at a random position to the shape of the first.
 
@@ -319,6 +324,7 @@ def collate_latents(
 
     Args:
         images: for each image condition, the channels of its latents.
+        partial: whether masks may hold `UNKNOWN`.
     Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with folded masks
     unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
     Raises: ValueError if labels are wanted and an entry has no mask.
@@ -342,7 +348,9 @@ def collate_latents(
     columns = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
     conditions = Conditions(
         **columns,
-        mask=fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels) if num_labels else None,
+        mask=(
+            fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels, partial=partial) if num_labels else None
+        ),
         image=image_condition(batch["mean"], images, batch["weight"]) if images else None,
     )
     return {"mean": batch["mean"], "std": batch["std"], "weight": batch["weight"], "conditions": conditions}

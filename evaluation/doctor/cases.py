@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from volumes import (
-    PADDING,
     PHANTOM_LABELS,
     Case,
     DataConfig,
@@ -279,7 +278,7 @@ def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, floa
     milliliters = float(np.prod(prepared.image.spacing)) / 1000
     if prepared.mask is not None:
         labels = sorted((config.label_names or PHANTOM_LABELS).items())
-        counts = np.bincount(prepared.mask.array[prepared.mask.array != PADDING], minlength=len(labels))
+        counts = np.bincount(prepared.mask.array[prepared.mask.array >= 0], minlength=len(labels))
         return {name: float(counts[i] * milliliters) for i, (_, name) in enumerate(labels) if i}
     if config.image_labels:
         sizes = (prepared.image.array > 0).sum((1, 2, 3)) * milliliters

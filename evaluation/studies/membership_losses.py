@@ -46,7 +46,9 @@ def denoising_losses(
         if config["num_labels"]:
             if "mask" not in item:
                 raise ValueError("the model is conditioned on masks, and the data has none; give `masks` in its config")
-            tensors["mask"] = fold_mask(item["mask"][None], vae.stride, config["num_labels"])
+            tensors["mask"] = fold_mask(
+                item["mask"][None], vae.stride, config["num_labels"], partial=unet.takes_partial_masks
+            )
         if schema.images:
             images = {name: vae.latents_of(dataset.channels.index(name)) for name, _ in schema.images}
             tensors["image"] = image_condition(latents, images)

@@ -4,6 +4,7 @@ the U-Net's tensors."""
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,12 +105,39 @@ def condition_tensors(
         tensors["numbers"] = torch.tensor(values, dtype=torch.float32, device=device)
     masks = [volume.grid.labels for volume in volumes if volume.grid.labels is not None]
     if masks:
-        planes, embedded = LATENT_PLANES * unet.mask_stride[2], []
-        for start in range(0, masks[0].shape[2], planes):  # folded ids are far larger than labels and embedding
-            part = torch.from_numpy(np.stack([mask[..., start : start + planes] for mask in masks]))
-            embedded.append(unet.embed_mask(fold_mask(part.to(device), unet.mask_stride, unet.config["num_labels"])))
-        tensors["mask"] = torch.cat(embedded, dim=4)  # once, not at every step
+        tensors["mask"] = _embedded(unet, masks, device)  # once, not at every step
     return Conditions(**tensors)
+
+
+def without_labels(
+    unet: LatentUNet3D,
+    volumes: Sequence[PreparedVolume],
+    conditions: Conditions,
+    replaced: Mapping[int, int],
+    device: torch.device,
+) -> Conditions | None:
+    """Return the conditions of a batch with the masks' labels `replaced` {index: index in its place}; None if none of
+    the masks has them."""
+    masks = [volume.grid.labels for volume in volumes if volume.grid.labels is not None]
+    if not any(np.isin(mask, list(replaced)).any() for mask in masks):
+        return None
+    others = []
+    for mask in masks:
+        other = mask.copy()
+        for label, target in replaced.items():
+            other[mask == label] = target
+        others.append(other)
+    return replace(conditions, mask=_embedded(unet, others, device))
+
+
+def _embedded(unet: LatentUNet3D, masks: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Return label indices (X, Y, Z) as the masks of a batch, (B, mask_width, h, w, d)."""
+    planes, embedded = LATENT_PLANES * unet.mask_stride[2], []
+    labels, partial = unet.config["num_labels"], unet.takes_partial_masks
+    for start in range(0, masks[0].shape[2], planes):  # folded ids are far larger than labels and embedding
+        part = torch.from_numpy(np.stack([mask[..., start : start + planes] for mask in masks]))
+        embedded.append(unet.embed_mask(fold_mask(part.to(device), unet.mask_stride, labels, partial=partial)))
+    return torch.cat(embedded, dim=4)
 
 
 def image_condition(

@@ -15,8 +15,9 @@ import torch
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
+from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
-from volumes import PADDING, Volume, VolumeError, read_mask, read_volume, volume_parts
+from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
@@ -132,7 +133,7 @@ def index_labels(
 ) -> np.ndarray:
     """Map label values, as files hold them, to the model's label indices (int16, same shape).
 
-    PADDING stays PADDING, unless it is a label of this model or is mapped to one.
+    PADDING stays PADDING, and UNKNOWN stays UNKNOWN, unless it is a label of this model or is mapped to one.
 
     Args:
         values: integers of any shape.
@@ -144,12 +145,12 @@ def index_labels(
     Warns: if the mask is background only.
     """
     known = sorted(labels)
-    translation = known_labels(labels, label_map)
+    translation = {UNKNOWN: UNKNOWN} | known_labels(labels, label_map)
     outside = (values == PADDING) & (PADDING not in translation) & (PADDING not in known)
     if outside.all():
         raise ValueError(f"{name}: is empty, all its voxels are marked as missing ({PADDING})")
     try:
-        indices = label_indices(np.where(outside, known[0], values), known, translation, name=name)
+        indices = label_indices(np.where(outside, known[0], values), known, translation, name=name, partial=True)
     except VolumeError as error:
         listing = ", ".join(f"{value} = {labels[value]}" for value in known)
         raise ValueError(
@@ -169,14 +170,14 @@ def model_values(
     reading: Reading | None = None,
 ) -> Volume:
     """Read a mask as the model sees it: its label values (1, X, Y, Z) int16 after `label_map`, PADDING outside the
-    field of view.
+    field of view, UNKNOWN where it says so.
 
     Raises: ValueError as `load_mask` and `index_labels`.
     """
     volume, name = load_mask(mask, affine, reading, segment_values(labels, known_labels(labels, label_map)))
     indices = index_labels(volume.array, labels, label_map, name)
     values = np.array(sorted(labels), np.int16)[np.maximum(indices, 0)]
-    return volume.replace(np.where(indices == PADDING, np.int16(PADDING), values))
+    return volume.replace(np.where(indices < 0, indices, values))
 
 
 def describe_mask(mask: MaskLike) -> SourceRecord:
@@ -220,12 +221,46 @@ def check_axes(volume: Volume, name: str) -> None:
         raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
 
 
+def check_whole(labels: np.ndarray, name: str) -> None:
+    """Check a mask (label indices) for a model that takes whole masks only.
+
+    Raises: ValueError naming the mask if the label of some voxels is unknown.
+    """
+    if (labels == UNKNOWN).any():
+        raise ValueError(f"{name}: {UNKNOWN_REFUSED}")
+
+
+def source_name(mask: MaskLike) -> str:
+    """Return the file of a mask, for messages."""
+    if isinstance(mask, (str, os.PathLike)):
+        return str(mask)
+    return str((carries_geometry(mask) and source_file(mask)) or "the mask")
+
+
+def replaced_labels(labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
+    """Translate `guidance_without` {label: label in its place}, by value or name, to label indices.
+
+    Raises: ValueError for a label that the model does not know, and for one in its own place.
+    """
+    values: dict[str | int, int] = {"unknown": UNKNOWN} | {str(value): value for value in labels}
+    values |= {name: value for value, name in labels.items()} | {value: value for value in labels}
+    lacking = [one for pair in replaced.items() for one in pair if one not in values]
+    if unknown := lacking + [one for one in replaced if values.get(one) == UNKNOWN]:
+        listing = ", ".join(f"{value} ({name})" for value, name in labels.items()) or "none"
+        raise ValueError(f"guidance_without names {unknown}; the labels of this model are {listing}")
+    if same := [one for one, other in replaced.items() if values[one] == values[other]]:
+        raise ValueError(f"guidance_without puts {same} in its own place; name the label that is around it")
+    order = {value: index for index, value in enumerate(sorted(labels))} | {UNKNOWN: UNKNOWN}
+    return {order[values[one]]: order[values[other]] for one, other in replaced.items()}
+
+
 def known_labels(labels: Mapping[int, str], label_map: LabelMap | None) -> dict[int | str, int]:
     """Replace the model's names in `label_map` by values. Raises: ValueError for a target that the model does not
     know.
     """
     label_map = label_map or {}
-    values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
+    values = {"unknown": UNKNOWN, UNKNOWN: UNKNOWN}
+    values |= {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
     unknown = [target for target in label_map.values() if target not in values]
     if unknown:
         listing = ", ".join(f"{value} ({name})" for value, name in labels.items())

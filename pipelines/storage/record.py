@@ -15,6 +15,7 @@ LEFT_OUT = (
     "autoguidance_scale",
     "unet_weak",
     "network_calls",
+    "guidance_without",
     "resampled",
     "box",
     "box_image",
@@ -50,6 +51,14 @@ class SourceRecord(TypedDict):
     sha256: str
 
 
+class WithoutRecord(TypedDict):
+    """Guidance away from masks in which other labels take the place of some: {label: label in its place}, by name or
+    value, and its scale."""
+
+    labels: dict[str, str | int]
+    scale: float
+
+
 class EditRecord(TypedDict):
     """An edit: the channels that are changed, and how. `region` and `blend_margin` (mm) only where there is a
     region."""
@@ -72,6 +81,7 @@ class GenerationRecord:
         guidance_interval: noise levels (lo, hi] in which guidance acts; None for all, or for no guidance.
         autoguidance_scale: in effect; None for none.
         unet_weak: hash of the weaker U-Net of that guidance, as `unet_hash` is; None for none.
+        guidance_without: labels without which the mask was what the volume was guided away from; None for none.
         settings_from: {"num_inference_steps", "guidance_scale", ...}: "call", "pipeline" (its sampling.json) or
             "default".
         network_calls: how often U-Nets were called for the volume; None before it is generated.
@@ -100,6 +110,7 @@ class GenerationRecord:
     guidance_interval: Sequence[float] | None = None
     autoguidance_scale: float | None = None
     unet_weak: str | None = None
+    guidance_without: WithoutRecord | None = None
     settings_from: Mapping[str, str] | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
     dtype: str = ""

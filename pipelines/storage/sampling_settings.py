@@ -2,14 +2,16 @@
 weights, as the scheduler does; the model's hash does not depend on it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cli.settings import NonNegativeFloat, Range, Share, checked, faults, refuse
 from diffusion.denoise import MAX_STEPS
 from diffusion.guidance import interval_in_effect
 from files.documents import read_object
+from pipelines.inputs.arguments import real_number
 
 SAMPLING = "sampling.json"
 REMEDY = "correct it, or remove the file: volumes are then sampled in 20 steps without guidance"
@@ -26,6 +28,9 @@ class SamplingSettings:
         guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 means none.
         guidance_interval: noise levels (lo, hi] in which guidance acts, see `diffusion.guidance.interval_in_effect`.
         autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 means none.
+        guidance_without: {label: label in its place}, by name or value: volumes are guided away from their mask without
+            these labels.
+        without_scale: of that guidance; 1 means none.
     Raises: ValueError naming the setting.
     """
 
@@ -33,6 +38,8 @@ class SamplingSettings:
     guidance_scale: NonNegativeFloat | None = None
     guidance_interval: tuple[Share, Share] | None = None
     autoguidance_scale: NonNegativeFloat | None = None
+    guidance_without: dict[str, str | int] | None = None
+    without_scale: NonNegativeFloat | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_interval is not None:
@@ -40,10 +47,30 @@ class SamplingSettings:
             low, high = self.guidance_interval
             object.__setattr__(self, "guidance_interval", (float(low), float(high)))
 
-    def to_json(self) -> dict[str, int | float | list[float]]:
+    def to_json(self) -> dict[str, int | float | list[float] | dict[str, str | int]]:
         """The content of the file: what is set."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def replaced_names(value: Any) -> dict[str, str | int]:
+    """Convert `guidance_without` of a call, {label: label in its place}, to what is recorded. Values are written like
+    names. Raises: ValueError for anything else."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else [None]
+    if not all(pair and all(isinstance(one, str) or type(one) is int for one in pair) for pair in pairs):
+        raise ValueError(
+            f"guidance_without maps labels to the labels in their place, by name or value, such as "
+            f"{{'lesion': 'organ'}}; got {value!r:.120}"
+        )
+    return {str(one): other for one, other in pairs}  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def scale_without(value: Any) -> float:
+    """Convert `without_scale` of a call. Raises: ValueError unless it is a finite number of 0 or more."""
+    scale = real_number("without_scale", value)
+    if scale < 0:
+        raise ValueError(f"without_scale is a number of 0 or more (1 is no guidance, 2 to 4 are usual); got {value!r}")
+    return scale
 
 
 def read_sampling(folder: Path) -> SamplingSettings:

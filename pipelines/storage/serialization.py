@@ -31,6 +31,7 @@ from diffusion.denoise import set_timesteps
 from diffusion.distillation import check_guidance_of_student
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
+from pipelines.inputs.masks import replaced_labels
 from pipelines.lora_state import lora_digest
 from volumes.description import DataDescription
 
@@ -179,7 +180,9 @@ class PipelineIOMixin(DiffusionPipeline):
         names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
         check_guidance(settings.guidance_scale, schema.dropout, names)
         check_autoguidance(settings.autoguidance_scale, self.unet_weak)
-        check_guidance_of_student(self.unet, settings.guidance_scale, settings.autoguidance_scale)
+        own = settings.guidance_scale, settings.autoguidance_scale, settings.guidance_without
+        check_guidance_of_student(self.unet, *own)
+        replaced_labels(self.data.labels, settings.guidance_without or {})
         if with_steps and settings.num_inference_steps is not None:
             scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
             set_timesteps(scheduler, settings.num_inference_steps, None, torch.device("cpu"))

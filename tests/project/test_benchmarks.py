@@ -16,6 +16,7 @@ from benchmarks import (
     generation,
     processes,
     shift_page,
+    small_lesions,
     survival,
     timestep_shift,
 )
@@ -46,6 +47,7 @@ from benchmarks.speed.measure import measure
         (run, "--equal_time_minutes 0"),
         (survival, "--kills 0"),
         (timestep_shift, "--steps 0"),
+        (small_lesions, "--work x --steps 0"),
         (equal_time, "--model ours --minutes inf"),
     ],
 )

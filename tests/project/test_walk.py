@@ -1,6 +1,7 @@
 """The walk from a mask file to a NIfTI stays as short as it is; its rule is in tests/helpers/walk.py."""
 
 import nibabel as nib
+import pytest
 from tiny import mask_image, tiny_pipeline
 from walk import Walk
 
@@ -11,6 +12,7 @@ SHAPE = (12, 20, 28)  # in whole cells of 4, which are (3, 5, 7)
 MOST_FUNCTIONS, MOST_FILES = 25, 15
 
 
+@pytest.mark.slow
 def test_the_walk_from_a_mask_to_a_file_is_short(tmp_path, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     nib.save(mask_image(SHAPE), tmp_path / "mask.nii.gz")

@@ -1,6 +1,7 @@
 """A student of a pipeline, trained by train_ldm.py: it resumes bit for bit, samples in few calls, and edits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -102,6 +103,8 @@ def test_student_samples_in_few_calls_and_edits(student, tmp_path, monkeypatch):
     weak.load_unet_weak(student / "pipeline")
     with pytest.raises(ValueError, match="autoguidance_scale 1.5: this model is a student"):
         weak(mask, autoguidance_scale=1.5)
+    with pytest.raises(ValueError, match="guidance_without: this model is a student"):
+        pipe(mask, guidance_without={"lesion": "organ"})
     pipe.sampling_settings = SamplingSettings(2, 2.0)
     with pytest.raises(ValueError, match="this model is a student"):
         pipe.save_pretrained(tmp_path / "guided")
@@ -160,6 +163,10 @@ def test_refusals(student, teacher, tmp_path, vae_folder):
     refused("distill: the teacher predicts flow_map", f"--distill.teacher={student / 'pipeline'}", *DISTILL)
     refused("distill.teacher .*: no model_index.json", f"--distill.teacher={tmp_path}", *DISTILL)
     refused("the model section needs `class", "--loop.max_steps=1")
+    away = tmp_path / "away"
+    shutil.copytree(teacher, away)
+    (away / "sampling.json").write_text(json.dumps({"guidance_without": {"lesion": "organ"}}))
+    refused("has guidance_without, which a student does not learn", f"--distill.teacher={away}")
     other = tmp_path / "vae"
     vae = AutoencoderKL3D.from_pretrained(vae_folder)
     vae.set_latent_statistics([0.3] * 4, [0.5] * 4)

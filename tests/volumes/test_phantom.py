@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from volumes import PHANTOM_LABELS, DataConfig, PhantomConfig, VolumeDataset, load_cases, make_phantom
 from volumes.phantom import phantom_lesion
@@ -31,6 +32,39 @@ def test_ellipsoids_are_nested(shape):
                 for step in (-1, 1):
                     ring |= np.roll(labels == inner, step, axis)
             assert labels[ring].min() >= inner - 1
+
+
+def test_small_lesions_leave_the_rest_as_it_is():
+    """Lesions of 2 to 6 voxels in the organ, apart from each other; the same phantom otherwise."""
+    for seed in range(10):
+        image, mask, lesion_class = make_phantom(seed, lesion_voxels=(2, 6), lesions=3)
+        large, large_mask, same_class = make_phantom(seed)
+        labels = mask.array[0]
+        assert lesion_class == same_class
+        components, count = ndimage.label(labels == 3, np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel())[1:]
+        assert count == 3 and sizes.min() >= 2 and sizes.max() <= 6
+        assert phantom_lesion(seed, (32, 32, 32), (2, 6), 3) == (lesion_class, sizes.sum())
+        around = ndimage.binary_dilation(labels == 3, np.ones((3, 3, 3))) & (labels != 3)
+        assert (labels[around] == 2).all()
+        outside = (labels != 3) & (large_mask.array[0] != 3)
+        assert np.array_equal(image.array[0][outside], large.array[0][outside])
+
+
+def test_small_lesions_are_set_in_the_config():
+    dataset = VolumeDataset(*phantom_cases(lesion_voxels=(2, 4), lesions=2))
+    counts = [facts.mask.counts[3] for facts in dataset.facts]
+    assert all(4 <= count <= 8 for count in counts) and counts != [
+        facts.mask.counts[3] for facts in VolumeDataset(*phantom_cases()).facts
+    ]
+    for wrong in ({"lesion_voxels": (6, 2)}, {"lesions": 2}):
+        with pytest.raises(ValueError, match="phantom.lesion"):
+            PhantomConfig(**wrong)
+
+
+def phantom_cases(**changes):
+    config = DataConfig(phantom=PhantomConfig(count=3, shape=(24, 24, 24), **changes))
+    return load_cases(config), config
 
 
 def test_the_class_is_the_lesions_brightness():

@@ -375,6 +375,7 @@ class Loop:
         if not len(items):
             return {}
         sums: dict[str, float] = {}
+        counts: dict[str, int] = {}  # of the items that have a metric: a label may be absent from some
         for index in range(accelerator.process_index, len(items), accelerator.num_processes):
             if stop_came():
                 break
@@ -386,15 +387,16 @@ class Loop:
                 logger.warning("step %d: validation volume %s: %s is not finite", self.state.step, volume, wrong)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0) + 1
         metrics: dict[str, float] = {}
         self.progress.doing()
-        parts = gather_object([sums])
+        parts = gather_object([(sums, counts)])
         if stop_asked_anywhere(accelerator):
             logger.warning("step %d: the validation was cut short", self.state.step)
             return {}
-        for part in parts:
+        for part, _ in parts:
             for name, value in part.items():
-                metrics[name] = metrics.get(name, 0.0) + value / len(items)
+                metrics[name] = metrics.get(name, 0.0) + value / sum(others.get(name, 0) for _, others in parts)
         if log:
             self._log_validation(metrics, f"{len(items)} items")
         return metrics

@@ -57,7 +57,10 @@ def read_case(case: Case, config: DataConfig, *, masks: bool = True) -> StoredCa
     """
     if case.phantom is not None:
         assert config.phantom is not None
-        image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
+        drawn = config.phantom
+        image, mask, _ = make_phantom(
+            case.phantom, drawn.shape, lesion_voxels=drawn.lesion_voxels, lesions=drawn.lesions
+        )
         return StoredCase({"image": image}, mask if masks else None)
     images = {channel: _image(case, channel, config) for channel in config.patterns}
     mask = None
@@ -180,7 +183,7 @@ def stored_oddities(case: Case, stored: StoredCase, config: DataConfig) -> list[
 
 
 def _indexed(mask: Volume, name: str, config: DataConfig) -> Volume:
-    return mask.replace(label_indices(mask.array, known_labels(config), config.label_map, name=name))
+    return mask.replace(label_indices(mask.array, known_labels(config), config.label_map, name=name, partial=True))
 
 
 def _image(case: Case, channel: str, config: DataConfig) -> Volume:

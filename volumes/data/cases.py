@@ -117,7 +117,7 @@ def _copied(config: DataConfig) -> DataConfig:
 def _phantoms(config: PhantomConfig) -> list[Case]:
     cases = []
     for number in range(config.seed, config.seed + config.count):
-        kind, voxels = phantom_lesion(number, config.shape)
+        kind, voxels = phantom_lesion(number, config.shape, config.lesion_voxels, config.lesions)
         metadata = {"class": PHANTOM_CLASSES[kind], "lesion_volume": voxels}  # of 1 mm
         cases.append(Case(f"phantom_{number:04d}", subject=f"P{number:04d}", metadata=metadata, phantom=number))
     return cases

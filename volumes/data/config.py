@@ -22,6 +22,7 @@ from volumes.foreground import ForegroundCrop
 from volumes.formats.raw import MaskReading, Reading
 from volumes.intensity import IntensityScaling
 from volumes.labels import segment_values
+from volumes.volume import UNKNOWN
 
 Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
 
@@ -35,11 +36,23 @@ class PhantomConfig:
         count: how many volumes, each its own subject.
         shape: voxels along X, Y and Z.
         seed: number of the first phantom.
+        lesion_voxels: smallest and largest number of voxels of a lesion, such as [2, 6]. Default: lesions of about a
+            fifth of the volume's side.
+        lesions: lesions of each phantom, for `lesion_voxels`; fewer where the organ has no room for all.
     """
 
     count: PositiveInt = 32
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
     seed: NonNegativeInt = 0
+    lesion_voxels: tuple[PositiveInt, PositiveInt] | None = None
+    lesions: PositiveInt = 1
+
+    def __post_init__(self) -> None:
+        if self.lesion_voxels is not None and self.lesion_voxels[0] > self.lesion_voxels[1]:
+            low, high = self.lesion_voxels
+            raise ValueError(f"data: phantom.lesion_voxels [{low}, {high}] is smallest, then largest; swap them")
+        if self.lesion_voxels is None and self.lesions != 1:
+            raise ValueError(f"data: phantom.lesions {self.lesions} needs phantom.lesion_voxels, such as [2, 6]")
 
 
 @dataclass
@@ -74,7 +87,8 @@ class DataConfig:
         split_seed: another number draws other subjects.
         label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}. Of
             DICOM-SEG and RTSTRUCT also the names of segments, e.g. {GTV_Mass: 1}: a segment is read that is called as
-            a label, or whose name or number is here; others are left out.
+            a label, or whose name or number is here; others are left out. {255: -2} says that voxels of 255 may have
+            any label: a model with `partial_masks` fills them in.
         label_names: every label value and its name, e.g. {0: background, 1: tumor}.
         image_labels: says that the image files are label maps: every value and its name, the lowest being the
             background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
@@ -160,7 +174,7 @@ class DataConfig:
             except re.error as error:
                 raise ValueError(f"data: group_by {self.group_by!r} is not a regular expression: {error}") from error
         named = {**self.label_names, **self.image_labels}
-        lost = sorted(set(self.label_map.values()) - set(named)) if named else []
+        lost = sorted(set(self.label_map.values()) - {*named, UNKNOWN}) if named else []
         if lost:
             raise ValueError(f"data: label_map leads to {lost}, which is not among the labels' names: {named}")
         try:

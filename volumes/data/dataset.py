@@ -171,13 +171,13 @@ class VolumeDataset(Dataset[Sample]):
 
     def label_map(self, index: int) -> Volume | None:
         """Return the mask of a volume as label values, as files and pipelines have them; PADDING outside the field of
-        view. None without a mask.
+        view, UNKNOWN where they say so. None without a mask.
         """
         if self.facts[index].mask is None:
             return None
         mask, values = self.load(index).mask, np.array(sorted(self.labels), np.int16)
         assert mask is not None
-        return Volume(np.where(mask.array == PADDING, np.int16(PADDING), values[mask.array]), mask.affine)
+        return Volume(np.where(mask.array < 0, mask.array, values[mask.array]).astype(np.int16), mask.affine)
 
     def load(self, index: int) -> PreparedCase:
         """Read a whole prepared case."""

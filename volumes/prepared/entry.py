@@ -23,7 +23,7 @@ from volumes.data.cases import Case
 from volumes.data.config import DataConfig
 from volumes.labels import merge_channels
 from volumes.map_checks import measure_map
-from volumes.volume import PADDING, Volume
+from volumes.volume import Volume
 
 from .case import CaseFacts, MaskFacts, PreparedCase, UnscaledCase, scale_image
 from .codec import from_plain, to_plain
@@ -82,7 +82,7 @@ def facts_of(case: UnscaledCase, arrays: Arrays, config: DataConfig, num_labels:
     digest, mask, measured = zlib.crc32(np.ascontiguousarray(image).data), None, None
     if case.mask is not None:
         digest = zlib.crc32(np.ascontiguousarray(case.mask.array).data, digest)
-        inside = case.mask.array[case.mask.array != PADDING]
+        inside = case.mask.array[case.mask.array >= 0]  # neither PADDING nor UNKNOWN
         counts = np.bincount(inside, minlength=num_labels)
         mask = MaskFacts(affine=case.mask.affine, source=case.mask.source, counts=tuple(counts.tolist()))
     if names := config.image_labels:

@@ -44,8 +44,10 @@ Stamps = list[list[object]]
 def settings_key(config: DataConfig) -> str:
     """Return a digest of the settings that change what is prepared of a case."""
     settings = {name: value for name, value in asdict(config).items() if name not in UNRELATED}
-    shape = None if config.phantom is None else config.phantom.shape
-    parts = [FORMAT, _plain(settings), list(config.patterns), shape]
+    drawn = config.phantom
+    parts = [FORMAT, _plain(settings), list(config.patterns), None if drawn is None else drawn.shape]
+    if drawn is not None and drawn.lesion_voxels is not None:
+        parts.append([drawn.lesion_voxels, drawn.lesions])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
