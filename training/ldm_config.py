@@ -15,7 +15,7 @@ from cli.settings import (
     UserPath,
     checked,
 )
-from volumes.data.config import DataConfig
+from volumes.data.config import DataConfig, Label
 
 from .engine.config import MAX_MINUTES, LoopConfig, OptimizerConfig, warn_of_long_warmup
 
@@ -115,7 +115,7 @@ class TrainLdmConfig:
     model: dict[str, Any] = field(default_factory=dict)
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     loss: Literal["mse", "l1"] = "mse"
-    loss_weights: dict[int | str, PositiveFloat] = field(default_factory=dict)
+    loss_weights: dict[Label | str, PositiveFloat] = field(default_factory=dict)
     scheduler: str | None = None
     residual_noise: bool = False
     gradient_checkpointing: bool = False

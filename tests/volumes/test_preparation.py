@@ -140,6 +140,7 @@ def test_preparing_takes_no_more_memory_than_is_counted(tmp_path):
 
 
 def test_an_interruption_does_not_wait_for_another_process(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
     config = saved(tmp_path / "data")
     case = load_cases(config)[1]
     done = threading.Event()
@@ -161,6 +162,7 @@ def test_an_interruption_does_not_wait_for_another_process(tmp_path):
     finally:
         done.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
     assert len(VolumeDataset(load_cases(config), config)) == 3
 
 
