@@ -16,6 +16,7 @@ from autoencoder.residual_noise import ResidualNoiseModel
 from diffusion import Conditions, LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance, set_timesteps
+from diffusion.distillation import check_guidance_of_student
 from diffusion.guidance import Guidance, autoguidance_in_effect, interval_in_effect
 from diffusion.scheduler_options import Scheduler
 from pipelines.inputs.conditions import (
@@ -124,6 +125,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self._check_requests(requests)
         sampling = sampling.filled(self.sampling_settings)
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
+        check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale, sampling.without)
         self._timed_scheduler(sampling)
         replaced = self._replaced(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
@@ -224,6 +226,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         have."""
         names = {name for volume in volumes for name in volume.condition_names}
         check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
+        check_guidance_of_student(self.unet, scale, None)
 
     # Prepared volumes -> latents -> volumes
 

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import nn
 
 from diffusion.guidance import Interval, interval_in_effect
-from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
+from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
 from evaluation.data.model_units import in_model_units, pipeline_of_boxes
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.data.volume_sets import volume_shapes
@@ -38,6 +38,7 @@ from .realism import MIN_SPREAD
 OWN = "own"  # the scheduler of the pipeline
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 OF_FLOWS = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, **SOLVERS}
+OF_MAPS = {"euler": FlowMatchEulerDiscreteScheduler}
 OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler, **SOLVERS}
 
 
@@ -84,7 +85,7 @@ def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
     objective, train_steps = pipe.unet.config["objective"], pipe.unet.train_steps
     if name == OWN:
         return fit_scheduler(pipe.scheduler, objective, train_steps)
-    classes = OF_FLOWS if objective == RECTIFIED_FLOW else OF_DIFFUSION
+    classes = {RECTIFIED_FLOW: OF_FLOWS, FLOW_MAP: OF_MAPS}.get(objective, OF_DIFFUSION)
     if name not in classes:
         raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(classes)}")
     return make_scheduler(objective, train_steps, name=classes[name].__name__, bound=pipe.vae.latent_bound())

@@ -28,6 +28,7 @@ from autoencoder.weights import (
 )
 from diffusion import check_guidance, fit_scheduler
 from diffusion.denoise import set_timesteps
+from diffusion.distillation import check_guidance_of_student
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.inputs.masks import replaced_labels
@@ -179,6 +180,8 @@ class PipelineIOMixin(DiffusionPipeline):
         names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
         check_guidance(settings.guidance_scale, schema.dropout, names)
         check_autoguidance(settings.autoguidance_scale, self.unet_weak)
+        own = settings.guidance_scale, settings.autoguidance_scale, settings.guidance_without
+        check_guidance_of_student(self.unet, *own)
         replaced_labels(self.unet, self.data.labels, settings.guidance_without or {})
         if with_steps and settings.num_inference_steps is not None:
             scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
