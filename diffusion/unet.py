@@ -171,7 +171,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         if objective == FLOW_MAP:
             self.next_embedding = TimestepEmbedding(channels[0], time_width)
             nn.init.zeros_(self.next_embedding.linear_2.weight)  # a student predicts its teacher's velocity at first
-            nn.init.zeros_(self.next_embedding.linear_2.bias)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(self.next_embedding.linear_2.bias)
         classes, numbers = classes or {}, numbers or {}
         self.condition_embedding = ConditionEmbedding(classes, numbers, time_width) if classes or numbers else None
         self.mask_embedding = (

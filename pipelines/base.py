@@ -315,7 +315,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         """The U-Nets of a call: the pipeline's, and with autoguidance the weaker one. Raises: ValueError if it is not
         the one that the records of the volumes name."""
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
-        if autoguidance_in_effect(sampling.autoguidance_scale) == 1:
+        if self.unet_weak is None or autoguidance_in_effect(sampling.autoguidance_scale) == 1:
             return [self.unet]
         weak = self.unet_weak_hash
         if any(volume.record.unet_weak != weak for volume in volumes):
@@ -324,7 +324,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
     def _autoguidance(self, sampling: SamplingConfig, conditions: Sequence[Conditions]) -> Autoguidance | None:
         """The guidance by the weaker U-Net, with the batch's conditions of each of `_networks`; None without it."""
-        if len(conditions) == 1:
+        if self.unet_weak is None or len(conditions) == 1:
             return None
         return Autoguidance(self.unet_weak, conditions[1], autoguidance_in_effect(sampling.autoguidance_scale))
 

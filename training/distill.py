@@ -71,12 +71,12 @@ def load_teacher(
     strength, weak = autoguidance_in_effect(sampling.get("autoguidance_scale")), None
     try:
         check_autoguidance(strength, pipe.unet_weak)
-        if strength != 1:
+        if pipe.unet_weak is not None and strength != 1:
             weak = pipe.unet_weak.eval().requires_grad_(False).to(accelerator.device)
         teacher = Teacher(
             unet, scheduler, sampling["num_inference_steps"], sampling["guidance_scale"],
             interval_in_effect(sampling.get("guidance_interval")), weak, strength, options.calls, options.pairs,
-            options.from_images, accelerator.autocast,
+            options.from_images, lambda: accelerator.autocast(),
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"distill: {error}") from error

@@ -109,7 +109,7 @@ class Report(TypedDict):
 
 def phantoms(first: int, count: int) -> tuple[Tensor, Conditions]:
     """Return standardized phantoms (count, 1, 8, 8, 8), and their masks."""
-    pairs = [make_phantom(first + number, (SIDE,) * 3)[:2] for number in range(count)]
+    pairs = [make_phantom(first + number, (SIDE, SIDE, SIDE))[:2] for number in range(count)]
     values, masks = (torch.from_numpy(np.stack([pair[i].array for pair in pairs])) for i in (0, 1))
     standardized = (values.float() - 132) / 223  # as phantoms of all sizes
     return standardized, Conditions(mask=fold_mask(masks[:, 0], (1, 1, 1), LAYERS["num_labels"]))
@@ -151,7 +151,7 @@ class Bench:
         network, steps = LatentUNet3D(1, 1, **LAYERS), teacher_steps
         self.unet = self._fit(network, partial(training_loss, objective=RECTIFIED_FLOW), 0, steps=steps)[0].eval()
         scheduler = make_scheduler(RECTIFIED_FLOW, name="UniPCMultistepScheduler")
-        self.teacher = Teacher(self.unet, scheduler, 8, GUIDANCE, CALLS, PAIRS)
+        self.teacher = Teacher(self.unet, scheduler, 8, GUIDANCE, calls=CALLS, pairs=PAIRS)
         self.reference = sample(self.unet, self.unseen, None, STEPS, GUIDANCE)
         sets = [features(self.data[:samples]), features(self.real)]
         self.mean, self.spread = sets[0].mean(0), math.sqrt(sets[0].var(0).mean())

@@ -24,7 +24,7 @@ from ..objectives import RECTIFIED_FLOW, TRAIN_STEPS, fit_scheduler
 from ..scheduler_options import Scheduler
 from ..unet import LatentUNet3D
 
-Generators = torch.Generator | Sequence[torch.Generator]
+Generators = torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True, eq=False)
