@@ -45,6 +45,8 @@ MODULES += [
         "stages",
         "survival",
         "shift_page",
+        "distillation.compare",
+        "distillation.page",
         "lesions_page",
         "small_lesions",
         "timestep_shift",
