@@ -46,6 +46,7 @@ MODULES += [
         "survival",
         "shift_page",
         "distillation.compare",
+        "distillation.measure",
         "distillation.page",
         "lesions_page",
         "small_lesions",
