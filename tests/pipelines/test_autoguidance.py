@@ -174,7 +174,7 @@ def test_a_unet_of_another_kind_is_refused(tmp_path, changes, said):
         pipe.load_unet_weak(tmp_path / "vae")
 
 
-def test_the_weaker_unet_is_of_the_same_type_and_takes_the_same_masks(pipe):
+def test_the_weaker_unet_has_the_type_and_takes_the_masks(pipe):
     with pytest.raises(ValueError, match=r"unet_weak is torch.float16, the pipeline's U-Net torch.float32; cast it"):
         MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.data, weaker().half())
     with pytest.raises(ValueError, match="unet_weak takes whole masks only, the pipeline's U-Net partial ones"):
@@ -194,7 +194,7 @@ def test_volumes_are_prepared_for_one_weaker_unet(pipe):
         pipe.generate(prepared, sampling, seeded(0))
 
 
-def test_a_weaker_unet_of_an_offloaded_pipeline_is_offloaded_too(pipe, tmp_path):
+def test_a_weaker_unet_of_an_offloaded_pipeline_is_offloaded(pipe, tmp_path):
     pipe.unet_weak.save_pretrained(tmp_path)
     other = tiny_pipeline(condition_dropout=DROPPED)
     other.enable_model_cpu_offload(device="cpu")

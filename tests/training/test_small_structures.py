@@ -101,7 +101,7 @@ def test_the_label_to_judge_by_is_in_a_held_out_mask():
         check_best_by("loss/lesion", weights, held_out((9, 1, 0), (9, 2, 0)))
 
 
-def test_weights_below_1_keep_the_scale_of_the_autoencoder_losses():
+def test_weights_below_1_keep_the_scale_of_the_losses():
     made, fov = torch.full((1, 1, 2, 2, 2), 3.0), torch.ones(1, 1, 2, 2, 2, dtype=torch.bool)
     assert masked_mean(made, fov, torch.full_like(made, 0.01)).item() == pytest.approx(3.0)
     assert masked_mean(made, fov, torch.zeros_like(made)).item() == 0
