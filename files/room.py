@@ -88,7 +88,7 @@ def room_for(nbytes: int, *, anyway: bool = False, generated: bool = False) -> I
         anyway: whether they are written even if there is no room, and may take long: others write meanwhile, too. Call
             `written` of what is yielded for each file of several.
         generated: whether to remove nothing but generated volumes.
-    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is no size; OSError if the cache cannot be written to.
+    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is not a size; OSError if the cache cannot be written to.
     """
     root, asked = cache_root(), (cache_root(), os.environ.get(LIMIT), generated)
     refused = _refused.get(asked)

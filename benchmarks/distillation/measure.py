@@ -133,7 +133,7 @@ def main(args: Sequence[str] | None = None) -> None:
     bench = Bench(config, options.volumes)
     student = MedVolumePipeline.from_pretrained(options.student or options.run / "pipeline")
     if student.unet.config["objective"] != FLOW_MAP:
-        raise ValueError(f"{options.student or options.run}: is no student, its objective is not {FLOW_MAP}")
+        raise ValueError(f"{options.student or options.run}: is not a student, its objective is not {FLOW_MAP}")
     rows = [bench.row("real latents", 0, [item["latents"] for item in bench.items])]
     rows.append(bench.row("teacher", bench.calls, bench.reference))
     for steps in (max(options.calls), 20):
