@@ -1,0 +1,1 @@
+"""The page that a reader opens, and the report of the analysis: templates, style and scripts."""
