@@ -86,6 +86,7 @@ COMMANDS = {
     "generate": Command("generate", "generate volumes from masks, a table, or a seed"),
     "edit": Command("edit", "generate a part of an image again, insert or remove lesions"),
     "evaluate": Command("evaluate", "measure realism, usefulness and privacy of generated volumes"),
+    "reader-study": Command("reader_study", "let people tell generated volumes from real ones, and rate both"),
     "demo": Command("demo", "generate examples with the weights of the clone, with pictures"),
 }
 
@@ -93,7 +94,7 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command that the command line (None: the program's) names. It ends the program."""
     words = list(sys.argv[1:] if args is None else args)
-    listing = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    listing = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
     parser = ArgumentParser(
         prog="medvolume",
         description=(__doc__ or "").partition(":")[0] + ".",

@@ -50,6 +50,7 @@ ROOMS = (
     "pipelines",
     "training",
     "evaluation",
+    "reader_study",
     "recipes",
     "benchmarks",
     "tools",

@@ -42,7 +42,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[NAME=]DIR",
-        help="folders of generated ones, of one model each",
+        help="folders of generated ones",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--title", default="Readers' study", help="of the page (Readers' study)")
@@ -50,9 +50,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=Number(PositiveInt), help="volumes of each source, training included (all)")
     parser.add_argument("--training", type=Number(NonNegativeInt), default=4, help="training cases (4)")
     parser.add_argument("--without_feedback", action="store_true", help="do not show the truth of training cases")
-    parser.add_argument(
-        "--repeats", type=Number(Share), default=0.15, help="share that comes twice: 0.1 to 0.2 or 0 (0.15)"
-    )
+    parser.add_argument("--repeats", type=Number(Share), default=0.15, help="share that comes twice (0.15)")
     parser.add_argument("--pairs", type=Number(NonNegativeInt), default=10, help="forced choices, at most (10)")
     parser.add_argument("--spacing", nargs=3, type=float, metavar="MM", help="voxel size, right anterior superior")
     parser.add_argument(
@@ -60,7 +58,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=Number(FiniteFloat),
         metavar=("LOW", "HIGH"),
-        help="in file units, for CT; default: percentiles",
+        help="in file units (percentiles)",
     )
     parser.add_argument("--noise", type=Number(Share), default=0.01, help="of the window, on every volume (0.01)")
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="of choice and order (0)")
@@ -70,17 +68,13 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="key.json of the study")
     parser.add_argument("--answers", type=Path, nargs="+", required=True, metavar="PATH", help="files, or their folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument(
-        "--margin", type=Number(InnerShare), default=0.1, help="accuracy this near to chance counts as chance (0.1)"
-    )
+    parser.add_argument("--margin", type=Number(InnerShare), default=0.1, help="of equivalence to 0.5 (0.1)")
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="of the bootstrap (0)")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readers", type=Number(TwoOrMore), nargs="+", default=[2, 3, 5, 8], help="(2 3 5 8)")
-    parser.add_argument(
-        "--volumes", type=Number(TwoOrMore), nargs="+", default=[40, 80, 160], help="half are real (40 80 160)"
-    )
+    parser.add_argument("--volumes", type=Number(TwoOrMore), nargs="+", default=[40, 80, 160], help="(40 80 160)")
     parser.add_argument("--skill", type=Number(InnerShare), default=0.5, help="the readers' true accuracy (0.5)")
     parser.add_argument("--margin", type=Number(InnerShare), default=0.1, help="of equivalence (0.1)")
     parser.add_argument("--reader_sd", type=Number(NonNegativeFloat), default=0.15, help="of d' between readers (0.15)")

@@ -1,4 +1,4 @@
-"""Agreement between readers, and of a reader with themselves. Ratings are numbers (readers, volumes), NaN where open."""
+"""Agreement between readers, and of a reader with themselves. Ratings: (readers, volumes), NaN where open."""
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict

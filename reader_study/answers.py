@@ -27,6 +27,7 @@ class Reading:
         comment: the reader's text.
         seconds: in view.
         visits: how often the reader came to it.
+        real_side: of a pair, "L" or "R", where the real one was.
     """
 
     reader: str
@@ -36,6 +37,7 @@ class Reading:
     comment: str
     seconds: float
     visits: int
+    real_side: str = ""
 
     @property
     def first(self) -> bool:
@@ -100,7 +102,8 @@ def _of_reader(file: Path, reader: str, given: Any, key: StudyKey) -> list[Readi
         sources = [key.cases[number].source for number in item.cases]
         source = next((name for name in sources if name != REAL), REAL)
         text = comment if isinstance(comment, str) else ""
-        readings.append(Reading(reader, item, source, answers, text, milliseconds / 1000, int(visits)))
+        side = ("L" if sources[0] == REAL else "R") if item.section == "pair" else ""
+        readings.append(Reading(reader, item, source, answers, text, milliseconds / 1000, int(visits), side))
     return readings
 
 

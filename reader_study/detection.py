@@ -33,15 +33,16 @@ def rate(count: int, of: int) -> Rate:
 
 
 def d_prime(hits: int, signals: int, false_alarms: int, noises: int) -> tuple[float, float]:
-    """Compute d' and the criterion c of yes/no answers, log-linear correction (Hautus 1995): 0.5 hits, 1 signal more."""
+    """Compute d' and the criterion c of yes/no answers, with the log-linear correction (Hautus 1995)."""
     z_hit = norm.ppf((hits + 0.5) / (signals + 1))
     z_false = norm.ppf((false_alarms + 0.5) / (noises + 1))
     return float(z_hit - z_false), float(-(z_hit + z_false) / 2)
 
 
 def d_prime_of_choice(correct: int, of: int) -> float:
-    """Compute d' of forced choices between two, sqrt(2) z(share correct) (Macmillan and Creelman 2005, Eq. 7.2), with
-    the log-linear correction.
+    """Compute d' of forced choices between two, with the log-linear correction (Macmillan and Creelman 2005, Eq. 7.2).
+
+    It is sqrt(2) z(share correct).
     """
     return float(np.sqrt(2) * norm.ppf((correct + 0.5) / (of + 1)))
 
@@ -58,7 +59,8 @@ def roc(scores: np.ndarray, generated: np.ndarray) -> tuple[list[float], list[fl
 
 
 def equivalence_p(correct: int, of: int, margin: float) -> float:
-    """Return the p value of two one-sided exact binomial tests (Schuirmann 1987) that the rate of correct answers lies
-    within `margin` of chance, 0.5. Small: it does.
+    """Return the p value of two one-sided exact binomial tests (Schuirmann 1987).
+
+    It is small if the rate of correct answers lies within `margin` of chance, 0.5.
     """
     return float(binom_tost(correct, of, 0.5 - margin, 0.5 + margin)[0])

@@ -55,8 +55,9 @@ def accuracy_covariance(correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_figure(figures: np.ndarray, covariance: np.ndarray) -> MeanFigure:
-    """Compute the mean figure of readers (Obuchowski and Rockette 1995; Hillis 2007). A single reader has the error of
-    the cases alone.
+    """Compute the mean figure of readers (Obuchowski and Rockette 1995; Hillis 2007).
+
+    A single reader has the error of the cases alone.
     """
     count = len(figures)
     mean = float(figures.mean())
@@ -118,7 +119,7 @@ def difference_of_squares(
 
 
 def equivalence(figure: MeanFigure, margin: float, chance: float = 0.5) -> float:
-    """Return the p value of two one-sided tests (Schuirmann 1987) that the mean figure lies within `margin` of chance."""
+    """Return the p value of two one-sided tests (Schuirmann 1987): small if the mean lies within `margin` of chance."""
     freedom = np.inf if figure["freedom"] is None else figure["freedom"]
     error = max(figure["standard_error"], 1e-12)
     below = t.sf((figure["value"] - (chance - margin)) / error, freedom)

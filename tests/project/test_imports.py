@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation", "recipes")
+LAYERS = (
+    *("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation"),
+    *("reader_study", "recipes"),
+)
 ALLOWED: dict[str, set[str]] = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)}
 ENGINE = ROOT / "training/engine"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distributions whose import name is another.
-IMPORT_NAMES = {"pyyaml": "yaml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 # Packages of evaluation/: each may import those of its own level and of the levels before it. `report` is a module.
 EVALUATION_LEVELS = (
@@ -172,7 +175,7 @@ def test_every_room_is_installed():
 
 def test_every_third_party_import_is_a_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
-    lines = PROJECT["project"]["dependencies"] + extras["lora"] + extras["dicomseg"]
+    lines = PROJECT["project"]["dependencies"] + extras["lora"] + extras["dicomseg"] + extras["reader-study"]
     declared = {re.split(r"[<>=!\[ ]", line)[0].lower() for line in lines}
     declared = {IMPORT_NAMES.get(name, name) for name in declared}
     files = [path for room in ALLOWED for path in (ROOT / room).rglob("*.py")] + list(ROOT.glob("*.py"))
