@@ -70,10 +70,14 @@ def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: 
     }
 
 
+def _called_generated(reading: Reading) -> bool:
+    return reading.answers["decision"] == "G"
+
+
 def _of_reader(own: Sequence[Reading], margin: float) -> Table:
     generated = np.array([reading.generated for reading in own])
     scores = np.array([reading.score for reading in own])
-    called = np.array([reading.answers["decision"] == "G" for reading in own])
+    called = np.array([_called_generated(reading) for reading in own])
     hits, alarms = int((called & generated).sum()), int((called & ~generated).sum())
     signals, noises = int(generated.sum()), int((~generated).sum())
     right = int((called == generated).sum())

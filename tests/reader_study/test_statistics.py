@@ -53,7 +53,7 @@ def test_fleiss_kappa():
 
 
 def test_krippendorff_alpha_of_ordinal_ratings():
-    """Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", example C: 4 observers, 12 units, ordinal 0.815."""
+    """Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", example C: 4 observers, 12 units."""
     ratings = np.array(
         [
             [1, 2, 3, 3, 2, 1, 4, 1, 2, NONE, NONE, NONE],
