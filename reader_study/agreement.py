@@ -55,7 +55,7 @@ def icc_2k(ratings: np.ndarray) -> Agreement:
         return {"value": float("nan"), "interval": None}
     readers, volumes = np.indices(whole.shape)
     table = pd.DataFrame({"reader": readers.ravel(), "volume": volumes.ravel(), "rating": whole.ravel()})
-    found = pingouin.intraclass_corr(table, targets="volume", raters="reader", ratings="rating", alpha=0.05)
+    found = pingouin.intraclass_corr(table, targets="volume", raters="reader", ratings="rating")
     row = found[found["Type"].isin(["ICC2k", "ICC(A,k)"])].iloc[0]
     low, high = next(row[name] for name in ("CI95", "CI95%") if name in row.index)
     return {"value": float(row["ICC"]), "interval": (float(low), float(high))}

@@ -32,12 +32,12 @@ def write_sets(folder, count, same=False):
         levels = np.round(60 + 12 * smooth(number)).astype(np.int16)
         image = nib.Nifti1Image(levels, np.diag([-1.0, 1, 1, 1]))
         image.header["descrip"] = b"scanner 12"
-        nib.save(image, folder / "real" / f"patient_{number:02}.nii.gz")
+        nib.save(image, folder / "real" / f"mrn_{number:02}.nii.gz")
         values = levels[::-1] if same else 60 + 12 * smooth(1000 + number)
         image = nib.Nifti1Image(np.asarray(values, np.float32), np.eye(4))
         image.header["descrip"] = b"synthetic; medvolume"
-        nib.save(image, folder / "generated" / f"patient_{number:02}_000.nii.gz")
-        (folder / "generated" / f"patient_{number:02}_000.json").write_text('{"synthetic": true}')
+        nib.save(image, folder / "generated" / f"mrn_{number:02}_000.nii.gz")
+        (folder / "generated" / f"mrn_{number:02}_000.json").write_text('{"synthetic": true}')
 
 
 def study(folder, plan, look=LOOK, **settings):
@@ -96,7 +96,7 @@ def test_nothing_in_the_bytes_tells_real_from_generated(tmp_path):
         assert all(re.fullmatch("[0-9a-f]{16}", path.stem) for path in files)
         text = b"".join(path.read_bytes() for path in everything if path.is_file())
         for word in (
-            b"patient",
+            b"mrn_",
             b"synthetic",
             b"nii",
             b"scanner",

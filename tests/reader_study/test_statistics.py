@@ -1,5 +1,7 @@
 """The statistics of readers' studies against published examples."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -97,9 +99,10 @@ def test_intra_reader_kappa():
 def test_d_prime():
     """Macmillan and Creelman 2005, ch. 1: 20 hits of 25, 10 false alarms of 25 have d' 1.095; here log-linear."""
     sensitivity, criterion = d_prime(20, 25, 10, 25)
-    z_hit, z_false = 0.798501, -0.243404  # z(20.5 / 26), z(10.5 / 26) from tables of the normal distribution
-    assert sensitivity == pytest.approx(z_hit - z_false, abs=2e-3)
-    assert criterion == pytest.approx(-(z_hit + z_false) / 2, abs=2e-3)
+    z_hit, z_false = NormalDist().inv_cdf(20.5 / 26), NormalDist().inv_cdf(10.5 / 26)
+    assert sensitivity == pytest.approx(z_hit - z_false, abs=1e-9)
+    assert criterion == pytest.approx(-(z_hit + z_false) / 2, abs=1e-9)
+    assert d_prime(200_000, 250_000, 100_000, 250_000)[0] == pytest.approx(1.0949683, abs=1e-5)
     assert np.isfinite(d_prime(25, 25, 0, 25)[0]) and d_prime(12, 25, 12, 25)[0] == pytest.approx(0, abs=1e-12)
     assert d_prime_of_choice(10, 20) == pytest.approx(0, abs=1e-12)
 
