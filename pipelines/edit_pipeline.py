@@ -19,8 +19,9 @@ from pipelines.storage.loading import register_pipeline
 from pipelines.storage.output import MedVolumePipelineOutput
 from pipelines.storage.record import GenerationRecord
 
-from .base import EncodedGrid, Start, VolumePipeline, call_output
+from .base import EncodedGrid, Start, VolumePipeline
 from .call import StepEnd
+from .decoding import call_output
 from .sampling import Generators, Sample, SamplingConfig, sample_generators
 
 EndOfStep = Callable[

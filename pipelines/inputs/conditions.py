@@ -20,7 +20,7 @@ from volumes.description import DataDescription, NumberStats
 
 from .inpainting import encoded
 from .prepared import PreparedGrid, PreparedVolume
-from .request import Classes, Numbers
+from .request import Classes, Numbers, VolumeRequest
 
 LATENT_PLANES = 16  # of the latent grid, whose mask is folded and embedded at once
 FAR = 0.1  # of the training range, beyond which a number is worth a warning
@@ -76,6 +76,25 @@ def check_conditions(
     if needed:
         raise ValueError(f"{', '.join(needed)} must be given, as training never dropped it; {knows}")
     return chosen, values
+
+
+def check_grid_source(unet: LatentUNet3D, request: VolumeRequest) -> None:
+    """Raise ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model
+    takes."""
+    has_mask, has_shape = request.mask is not None, request.shape is not None
+    has_images = bool(request.images) or request.edit is not None
+    sources = has_mask + has_shape + (has_images and not has_mask)
+    if unet.config["num_labels"] == 0:
+        if has_mask or sources != 1:
+            raise ValueError(
+                "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, "
+                "and no mask"
+            )
+    elif not (unet.config["condition_dropout"] or {}).get("mask"):
+        if not has_mask or has_shape:
+            raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
+    elif sources != 1:
+        raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) or an image to do without")
 
 
 def condition_tensors(
