@@ -70,8 +70,8 @@ from pipelines.storage.loading import load_autoencoder
 from training.build import build_model
 from training.engine.learner import Learner
 from training.engine.step import Training
-from training.ldm import LdmTrainingStep, build, build_step
 from training.ldm_config import TrainLdmConfig
+from training.ldm_step import LdmTrainingStep, build, build_step
 
 ALIGN, GAMMA = 0.5, 5.0
 PLAIN = "plain"
@@ -392,7 +392,3 @@ def main(args: Sequence[str] | None = None) -> None:
                     **provenance(),
                 }
                 write_report(options.output, report)
-
-
-if __name__ == "__main__":
-    main()
