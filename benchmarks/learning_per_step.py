@@ -70,8 +70,9 @@ from pipelines.storage.loading import load_autoencoder
 from training.build import build_model
 from training.engine.learner import Learner
 from training.engine.step import Training
+from training.ldm import build
 from training.ldm_config import TrainLdmConfig
-from training.ldm_step import LdmTrainingStep, build, build_step
+from training.ldm_step import LdmTrainingStep, build_step
 
 ALIGN, GAMMA = 0.5, 5.0
 PLAIN = "plain"

@@ -160,6 +160,7 @@ def noised(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tenso
     )
 
 
+# Long: a third are its arguments; it is the one loop of all samplers, edits and guidance, read from top to bottom.
 @torch.no_grad()
 def denoise(
     unet: nn.Module,

@@ -216,6 +216,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
     # Prepared volumes -> latents -> volumes
 
+    # Long: half are arguments, its own and those of `denoise`; the rest is the way of a batch, in order.
     @torch.no_grad()
     def generate(
         self,

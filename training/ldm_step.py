@@ -26,8 +26,7 @@ from diffusion.objectives import Scheduler, default_sampler
 from volumes import slices_figure
 
 from .encoder_distance import EncoderDistance
-from .engine.averages.power import STORED
-from .engine.learner import Learner
+from .engine.learner import Learner, run_learner
 from .held_out import EncodedVolume
 from .ldm_config import TrainLdmConfig
 from .previews import preview_case
@@ -214,16 +213,7 @@ def build_step(
     label_weights: Mapping[str, tuple[int, float]] | None = None,
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
-    loop = config.loop
-    learner = Learner(
-        "unet",
-        unet,
-        config.optimizer,
-        ema_decay=loop.ema_decay,
-        ema_length=loop.ema_length,
-        max_steps=loop.max_steps,
-        tracked=STORED if loop.ema_snapshots else (),
-    )
+    learner = run_learner("unet", unet, config)
     objective: str = unet.config["objective"]
     name, usual = default_sampler(objective, config.scheduler)
     scheduler = partial(make_scheduler, objective, unet.train_steps, name=name, bound=vae.latent_bound())
