@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypedDict
 
@@ -21,13 +21,14 @@ from pipelines.inputs.conditions import (
     check_conditions,
     check_grid_source,
     condition_tensors,
+    contrasts,
     has_labels,
     image_condition,
-    without_labels,
+    replaced_by,
 )
 from pipelines.inputs.images import check_images, describe_images
-from pipelines.inputs.masks import check_whole, describe_mask, replaced_labels, source_name
-from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
+from pipelines.inputs.masks import check_whole, describe_mask, source_name
+from pipelines.inputs.prepared import EncodedGrid, PreparedGrid, PreparedVolume
 from pipelines.inputs.request import VolumeRequest
 from pipelines.storage.loading import check_autoguidance, check_components, check_fit, check_weak
 from pipelines.storage.output import check_paths
@@ -64,17 +65,6 @@ class Start(TypedDict, total=False):
     image: torch.Tensor
     strength: float
     region: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class EncodedGrid:
-    """The latents of a grid's images.
-
-    Attributes:
-        condition: the U-Net's "image" (1, k, h, w, d); None for a model without image conditions.
-    """
-
-    condition: torch.Tensor | None
 
 
 class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
@@ -129,7 +119,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
         check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale, sampling.without)
         timed(self._scheduler(sampling), sampling, self._execution_device)
-        replaced = self._replaced(sampling)
+        replaced = replaced_by(self.unet, self.data.labels, sampling.without)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
         for request in requests:
@@ -281,7 +271,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
                     autoguidance=self._autoguidance(sampling, conditions),
-                    contrasts=self._contrasts(sampling, prepared, conditions[0]),
+                    contrasts=contrasts(self.unet, self.data.labels, sampling.without, prepared, conditions[0], device),
                     schema=self.unet.condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
@@ -316,23 +306,6 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         if self.unet_weak is None or len(conditions) == 1:
             return None
         return Autoguidance(self.unet_weak, conditions[1], autoguidance_in_effect(sampling.autoguidance_scale))
-
-    def _replaced(self, sampling: SamplingConfig) -> dict[int, int]:
-        """The label indices that `guidance_without` replaces, and by what. Raises: ValueError for what the model does
-        not know."""
-        if sampling.without is None:
-            return {}
-        return replaced_labels(self.unet, self.data.labels, sampling.without["labels"])
-
-    def _contrasts(
-        self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume], conditions: Conditions
-    ) -> list[tuple[float, Conditions]]:
-        """The conditions from which a batch is guided away, with their scale."""
-        replaced = self._replaced(sampling)
-        if sampling.without is None or conditions.mask is None:
-            return []
-        other = without_labels(self.unet, volumes, conditions, replaced, self._execution_device)
-        return [] if other is None else [(sampling.without["scale"], other)]
 
     def _samples(
         self,

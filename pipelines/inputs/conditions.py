@@ -13,12 +13,14 @@ import torch
 from autoencoder import VolumeAutoencoder
 from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, LatentUNet3D, fold_images, fold_mask
+from pipelines.storage.record import WithoutRecord
 from pipelines.volume_processor import VolumeProcessor
 from volumes import PADDING, Volume, grid_numbers
 from volumes.data.tables import read_number
 from volumes.description import DataDescription, NumberStats
 
 from .inpainting import encoded
+from .masks import replaced_labels
 from .prepared import PreparedGrid, PreparedVolume
 from .request import Classes, Numbers, VolumeRequest
 
@@ -133,25 +135,35 @@ def has_labels(mask: np.ndarray | None, labels: Iterable[int]) -> bool:
     return mask is not None and bool(np.isin(mask, list(labels)).any())
 
 
-def without_labels(
+def replaced_by(unet: LatentUNet3D, labels: Mapping[int, str], without: WithoutRecord | None) -> dict[int, int]:
+    """Return the label indices that `guidance_without` replaces, and by what; none for None.
+
+    Raises: ValueError for what the model does not know.
+    """
+    return {} if without is None else replaced_labels(unet, labels, without["labels"])
+
+
+def contrasts(
     unet: LatentUNet3D,
+    labels: Mapping[int, str],
+    without: WithoutRecord | None,
     volumes: Sequence[PreparedVolume],
     conditions: Conditions,
-    replaced: Mapping[int, int],
     device: torch.device,
-) -> Conditions | None:
-    """Return the conditions of a batch with the masks' labels `replaced` {index: index in its place}; None if none of
-    the masks has them."""
+) -> list[tuple[float, Conditions]]:
+    """Return the conditions from which a batch is guided away, with their scale: the same with other labels in the
+    masks. Empty if none of the masks has the labels that are replaced."""
+    replaced = replaced_by(unet, labels, without)
     masks = [volume.grid.labels for volume in volumes if volume.grid.labels is not None]
-    if not any(has_labels(mask, replaced) for mask in masks):
-        return None
+    if without is None or conditions.mask is None or not any(has_labels(mask, replaced) for mask in masks):
+        return []
     others = []
     for mask in masks:
         other = mask.copy()
         for label, target in replaced.items():
             other[mask == label] = target
         others.append(other)
-    return replace(conditions, mask=_embedded(unet, others, device))
+    return [(without["scale"], replace(conditions, mask=_embedded(unet, others, device)))]
 
 
 def _embedded(unet: LatentUNet3D, masks: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

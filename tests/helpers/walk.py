@@ -10,7 +10,8 @@ The rule, so that the figure can be repeated. A function of ours counts if it ha
 - or it is on the call stack of such a function.
 
 Forms are the classes `FORMS`, and arrays whose axes have the sizes of the mask or of its latents. What a network does
-inside its `forward` does not count, nor properties, nor what follows when the volume is written (manifest, preview).
+inside its `forward` does not count, nor properties, nor comprehensions (in Python 3.12 they are no functions any more),
+nor what follows when the volume is written (manifest, preview).
 
 Only the thread that walks is traced, and no garbage is collected meanwhile: what earlier tests left, such as suspended
 generators, is closed by calls of its own, in the middle of whatever runs.
@@ -39,6 +40,7 @@ from volumes import Volume
 ROOT = Path(__file__).resolve().parents[2]
 LINES = 10
 CHECKS = ("check", "refuse", "warn")
+COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 FORMS = (VolumeRequest, PlannedVolume, PreparedVolume, PreparedGrid, Volume, Sample, Conditions, nib.Nifti1Image)
 
 
@@ -88,7 +90,7 @@ class Walk:
 
     def _event(self, frame: FrameType, event: str, value: Any) -> None:
         code = frame.f_code
-        if event not in ("call", "return") or not is_ours(code):
+        if event not in ("call", "return") or not is_ours(code) or code.co_name in COMPREHENSIONS:
             return
         network = code.co_name == "forward" and isinstance(frame.f_locals.get("self"), torch.nn.Module)
         self.networks -= network and event == "return"
