@@ -6,11 +6,14 @@ import weakref
 import nibabel as nib
 import numpy as np
 import walk as rule
+import yaml
 from tiny import mask_image, tiny_pipeline
 from walk import Walk
 
 import generate
+import train_vae
 from pipelines import batch_generation
+from training.engine.learner import Learner
 
 SHAPE = (12, 20, 28)  # in whole cells of 4, which are (3, 5, 7)
 MAX_FUNCTIONS = 15
@@ -32,6 +35,32 @@ def test_the_walk_from_a_mask_to_a_file_is_short(tmp_path, monkeypatch):
     assert len(functions) <= MAX_FUNCTIONS, "\n".join(functions)
     files = {function.partition(":")[0] for function in functions}
     assert len(files) <= MAX_FILES, "\n".join(sorted(files))
+
+
+def test_the_walk_from_an_image_to_a_training_step_is_short(tmp_path, monkeypatch):
+    """Of a prepared volume: preparation reads it in a thread, which is not traced."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        voxels = np.random.default_rng(number).normal(size=SHAPE).astype(np.float32)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"images/{number}.nii.gz")
+    loop = {"max_steps": 1, "batch_size": 1, "workers": 0, "trackers": [], "previews": 0, "validate_every": 0}
+    layers = {"channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
+    config = {
+        "output": str(tmp_path / "run"),
+        "data": {"root": str(tmp_path), "images": "images/*.nii.gz", "intensity": {"kind": "percentile"}},
+        "crops": {"shape": list(SHAPE), "flip_axes": []},
+        "model": {"class": "autoencoder.AutoencoderKL3D", **layers},
+        "loop": loop | {"checkpoint_every": 0},
+    }
+    (tmp_path / "vae.yaml").write_text(yaml.safe_dump(config | {"perceptual": None, "adversarial": None}))
+    walk, update = Walk({SHAPE[:2]}), Learner.update
+    monkeypatch.setattr(Learner, "update", lambda *args: (walk.stop(), update(*args))[1])
+    walk.trace(lambda: train_vae.main(["--config", str(tmp_path / "vae.yaml")]))
+    functions = walk.functions()
+    for known in ("Loop._train", "CropDataset.__getitem__", "VaeTrainingStep.__call__"):
+        assert any(function.endswith(f": {known}") for function in functions), known
+    assert len(functions) <= 8, "\n".join(functions)
+    assert len({function.partition(":")[0] for function in functions}) <= 7, "\n".join(functions)
 
 
 STEPS = """
