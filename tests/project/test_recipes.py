@@ -25,13 +25,6 @@ ALL = sorted(path for recipe in LAYOUTS for path in (CONFIGS / recipe).glob("*.y
 SMOKE = ("medical_diffusion/brats", "med_ddpm/whole_head")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_all_recipes_are_there():
     assert {path.relative_to(CONFIGS).parent.as_posix() for path in ALL} == set(LAYOUTS)
     for recipe in LAYOUTS:
