@@ -48,6 +48,8 @@ MODULES += [
         "distillation.compare",
         "distillation.measure",
         "distillation.page",
+        "learning_page",
+        "learning_per_step",
         "lesions_page",
         "small_lesions",
         "timestep_shift",
