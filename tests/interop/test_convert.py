@@ -187,7 +187,8 @@ def test_a_layer_that_ddpm_never_used_is_left_out(tmp_path, monkeypatch):
     assert not (tmp_path / "out2").exists()
 
 
-def test_our_unet_on_their_autoencoder_is_a_pipeline_that_names_the_license(tmp_path, monkeypatch):
+def test_our_unet_on_their_autoencoder_is_a_pipeline(tmp_path, monkeypatch):
+    """And every volume names the license, where it restricts what may be done."""
     peers.narrow(monkeypatch, "maisi-rflow-mr")
     vae, _ = peers.write_maisi(tmp_path / "hub", "maisi-rflow-mr")
     convert("maisi-rflow-mr", tmp_path / "hub", tmp_path / "out")
