@@ -237,7 +237,7 @@ def _scale_factor(file: TorchFile, content: Mapping[Any, Any]) -> float | None:
         value = file.read({SCALE: value})[SCALE].item()
     if value is None:
         return None
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
         raise FileError(f"{file.path}: its scale_factor is {value!r:.80}; one positive number is expected")
     return float(value)
 
@@ -329,8 +329,11 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _shorten(names: list[str]) -> str:

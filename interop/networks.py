@@ -119,7 +119,7 @@ def peer_of(arguments: Mapping[str, Any], among: Sequence[str]) -> str:
     Raises: ValueError for a class that is not one of `among`.
     """
     target = arguments.get("_target_", among[0])
-    name = target.rpartition(".")[2] if isinstance(target, str) else None
+    name = target.rpartition(".")[2] if isinstance(target, str) else ""
     if name not in among:
         raise ValueError(f"_target_ is {target!r:.80}; it is {' or '.join(among)}")
     return name

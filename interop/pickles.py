@@ -153,7 +153,7 @@ def _mapping(*args: object) -> _Mapping:
         or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs)
     ):
         raise Refused("builds an OrderedDict of something else than pairs")
-    return _Mapping(pairs)  # pyright: ignore[reportArgumentType]
+    return _Mapping(pairs)
 
 
 def _never(*_: object) -> Never:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_data
 
 from autoencoder import MonaiAutoencoderKL
+from convert import main as command
 from diffusion import LatentUNet3D, MonaiUNet3D, make_scheduler
 from files.documents import FileError
 from interop.convert import convert
@@ -293,3 +294,19 @@ def test_options_that_do_not_fit(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "provenance.json", "unet"]
     with pytest.raises(FileError, match="holds files already"):
         convert("maisi-rflow-ct", file, tmp_path / "out")
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    peers.narrow(monkeypatch, "maisi-rflow-ct")
+    peers.write_maisi(tmp_path / "hub", "maisi-rflow-ct")
+    words = ["--from", "maisi-rflow-ct", "--weights", tmp_path / "hub", "--output", tmp_path / "out"]
+    command([str(word) for word in words])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "vae" in said[0] and "autoencoder_v1.pt" in said[0] and "diff_unet" in said[1]
+    assert load_autoencoder(tmp_path / "out").config["latents_std"] == [0.8] * 4
+    (tmp_path / "network.json").write_text('{"channels": [8], "num_res_blocks": 1, "attention_levels": [false]}')
+    words = ["--from", "monai-autoencoderkl", "--weights", tmp_path / "hub/models/autoencoder_v1.pt"]
+    words += ["--network", tmp_path / "network.json", "--value_range", 0, 1, "--output", tmp_path / "out2"]
+    with pytest.raises(ValueError, match=r"autoencoder_v1\.pt"):
+        command([str(word) for word in words])
+    assert not (tmp_path / "out2").exists()
