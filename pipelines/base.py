@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
 from diffusion import Conditions, LatentUNet3D, check_guidance, denoise
 from diffusion.attention import check_attention_backend
@@ -78,7 +78,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
     def __init__(
         self,
-        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D,  # by name: `DiffusionPipeline.from_pipe` compares exact types
+        # by name: `DiffusionPipeline.from_pipe` compares exact types
+        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL,
         unet: LatentUNet3D,
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,
@@ -195,6 +196,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             box_image=None if of_box is None else describe_mask(of_box),
             channels=self.volume_processor.generated(request.images) or None,
             residual_noise=None if self.noise_model is None else sampling.residual_noise,
+            license=self.vae.config.get("license"),
         )
 
     def check_guidance(self, scale: Guidance, volumes: Iterable[PreparedVolume]) -> None:

@@ -60,6 +60,7 @@ MODULES += [
     for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")
 ]
 SCRIPTS = [
+    "convert.py",
     "train_vae.py",
     "train_ldm.py",
     "generate.py",
