@@ -395,7 +395,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             if output_type == "latent":
                 [sample.output] = _finite([latent], record)
                 return
-            slabs = _finite(self._decode(latent), record)
+            slabs = self.volume_processor.emptied(_finite(self._decode(latent), record), grid)
             if self.noise_model is not None and residual_noise:
                 generator = sample.generator
                 seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)

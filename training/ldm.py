@@ -46,6 +46,7 @@ from volumes import DataConfig, VolumeDataset, describe, slices_figure
 from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
+from .background import check_background, measure_background
 from .build import build_model, initialize_from
 from .encoder_distance import EncoderDistance
 from .engine.averages.power import STORED
@@ -237,6 +238,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_residual_noise(config, train)
+    check_background(train)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model, config.gradient_checkpointing)
     if config.init_from:
@@ -264,7 +266,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             return
         noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
         average.register_to_config(subjects=records)
-        described = dataclasses.replace(data, residual_noise=noise)
+        threshold = measure_background(train, vae) if config.data.empty_background else None
+        described = dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
         pipe.sampling_settings = SamplingSettings(num_inference_steps=step.inference_steps)  # those of the previews
         save_model(pipe, output / "pipeline")
