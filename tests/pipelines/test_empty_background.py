@@ -55,7 +55,7 @@ def test_slabs_of_any_thickness_are_emptied_alike(noise, tmp_path):
     whole = made_by(pipe, mask=mask_image(SHAPE))
     pipe.vae.enable_tiling(slab_bytes=1)
     path = tmp_path / "made.nii.gz"
-    pipe(mask=mask_image(SHAPE), num_inference_steps=2, generator=seeded(7), output_path=path)
+    pipe(mask=mask_image(SHAPE), num_inference_steps=2, generator=seeded(7), paths=path)
     streamed = nib.load(path).get_fdata()  # pyright: ignore[reportAttributeAccessIssue]
     assert (streamed[labels_of(SHAPE) == 0] == LOW).all()
     np.testing.assert_allclose(streamed, whole, atol=1e-2)

@@ -66,7 +66,7 @@ def test_files_are_copied_and_bad_ones_refused(tmp_path):
     for name, change, said in (
         ("t1", lambda array: array + 1, "t1/sub-01.nii.gz: .* outside of the brain are not 0"),
         ("tissue", lambda array: np.where(array == 3, 4, array), r"tissue/sub-01.nii.gz: has the labels \[4\]"),
-        ("brain", lambda array: array * 0, "voxels are 0 here or in the brain mask"),
+        ("brain", lambda array: array * 0, "voxels are 0 where the brain mask is not"),
         ("brain", lambda array: array[1:], "lies on another grid"),
     ):
         path = source / name / "sub-01.nii.gz"

@@ -11,7 +11,7 @@ from autoencoder.residual_noise import measure_noise
 from diffusion.latents.cache import build_latent_cache, cache_key
 from training.background import check_background, measure_background
 from training.vae import decibels
-from volumes import DataConfig, Volume, VolumeDataset, load_cases, write_volume
+from volumes import DataConfig, IntensityScaling, Volume, VolumeDataset, load_cases, write_volume
 
 SIDE = 16
 
@@ -30,7 +30,7 @@ def dataset_of(folder, outside: float = 0.0, **settings) -> VolumeDataset:
             "images": "images/{name}.nii.gz",
             "masks": "masks/{name}.nii.gz",
             "label_names": {0: "background", 1: "ball"},
-            "intensity": {"kind": "window", "low": 0, "high": 255},
+            "intensity": IntensityScaling("window", 0, 255),
             "empty_background": True,
             "validation_fraction": 0,
             **settings,
@@ -58,7 +58,7 @@ def test_a_background_that_is_not_empty_is_refused(folder):
     [
         ({"masks": None}, "needs masks"),
         ({"label_names": {1: "ball", 2: "other"}}, "needs the label 0"),
-        ({"image_labels": {0: "none", 1: "ball"}}, "image_labels says otherwise"),
+        ({"image_labels": {0: "none", 1: "ball"}, "intensity": IntensityScaling()}, "image_labels says otherwise"),
     ],
 )
 def test_settings_that_cannot_be(folder, settings, message):
