@@ -23,9 +23,9 @@ The columns of a table are: mask (a path, relative to the table's folder; withou
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
 generated to match), and name, where the mask's stem should not be the name. Other columns are listed and not read.
 
-Steps and guidance are those of the pipeline's sampling.json, unless --steps, --guidance_scale, --guidance_interval and
---autoguidance_scale say otherwise. Each volume's seed is computed from --seed, its name and k, so batch size, order,
-processes and interruptions change nothing.
+Steps and guidance are those of the pipeline's sampling.json, unless --steps, --guidance_scale, --guidance_interval,
+--autoguidance_scale, --guidance_without and --without_scale say otherwise. Each volume's seed is computed from --seed,
+its name and k, so batch size, order, processes and interruptions change nothing.
 The same command resumes where it stopped.
 
 With `--masks generate:PIPELINE` that pipeline generates --count label maps first, into OUTPUT/masks; each gets one

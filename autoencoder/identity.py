@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor, nn
 
 SAMPLES = 256  # values of each tensor that are compared
@@ -69,6 +70,12 @@ def out_of_reach(model: nn.Module) -> bool:
 def has_hooks(model: nn.Module) -> bool:
     """Return whether Accelerate or diffusers move or cast weights while the model runs."""
     return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+
+
+def moves_weights(model: nn.Module) -> bool:
+    """Return whether hooks move weights to the device while the model runs; those that only cast them do not count."""
+    by_accelerate = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return by_accelerate or _is_group_offload_enabled(model)
 
 
 def remember_files(model: nn.Module, files: Sequence[Path]) -> None:

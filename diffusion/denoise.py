@@ -75,7 +75,7 @@ def set_timesteps(
             raise ValueError(
                 f"sigmas are used unchanged, but {name}'s {', '.join(moved)} would change them; omit either"
             )
-    schedule: dict[str, int] | dict[str, np.ndarray] | dict[str, list[float]]
+    schedule: dict[str, Any]
     if sigmas is not None:
         schedule = {"sigmas": np.array(sigmas, np.float64) if name == UNIPC else list(sigmas)}
     elif takes_sigmas and name != UNIPC:
@@ -184,7 +184,8 @@ def denoise(
 
     Args:
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
-        scheduler: one that fits the U-Net's objective (`fit_scheduler`).
+        scheduler: one that fits the U-Net's objective (`fit_scheduler`). A flow map (`takes_next_timestep`) is told
+            where each step ends.
         conditions: the batch's.
         guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 means none.
         guidance_interval: noise levels (lo, hi] in which guidance acts (`interval_in_effect`); elsewhere a step is one
@@ -222,8 +223,11 @@ def denoise(
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if draws_noise else {}
 
+    is_map = getattr(unet, "takes_next_timestep", False)
+    end: dict[str, Tensor] = {}
+
     def predict(noisy: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
-        return unet(noisy, timestep, **given.as_kwargs(), return_dict=False)[0]
+        return unet(noisy, timestep, **given.as_kwargs(), **end, return_dict=False)[0]
 
     levels = noise_shares(scheduler)[first:]
     guide = Guide(predict, conditions, schema, guidance_scale, interval_in_effect(guidance_interval))
@@ -234,6 +238,8 @@ def denoise(
         for step, timestep in enumerate(timesteps):
             scales = hasattr(scheduler, "scale_model_input")
             scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
+            if is_map:
+                end["next_timestep"] = torch.zeros_like(timestep) if step + 1 == len(timesteps) else timesteps[step + 1]
             prediction = guide.at(levels[step])(scaled, timestep)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
             if image is not None and region is not None:

@@ -1,11 +1,16 @@
 """The diffusion loss: one function from latents to a scalar."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .conditioning import Conditions
 from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps, shifted
+
+if TYPE_CHECKING:
+    from .distillation import Teacher
 
 
 def training_loss(
@@ -18,6 +23,7 @@ def training_loss(
     *,
     train_steps: int = TRAIN_STEPS,
     shift_voxels: int | None = None,
+    teacher: "Teacher | None" = None,
     absolute: bool = False,
     each: bool = False,
     emphasis: Tensor | None = None,
@@ -38,25 +44,37 @@ def training_loss(
         train_steps: length of the schedule, the U-Net's `train_steps`.
         shift_voxels: the U-Net's `shift_voxels`. Each sample's timestep is shifted by the number of its own latent
             voxels inside the field of view: what the U-Net sees of it, whatever the batch pads or crops it to.
+        teacher: of a flow map. It samples from the batch's conditions, and the prediction is of several steps of each
+            sample's trajectory, which count the same.
         absolute: use the absolute error.
         each: return the loss of each latent channel, (C,); their mean is the loss.
         emphasis: (B, 1, h, w, d), how much each latent voxel counts beside the others of its volume
             (`folding.emphasis_of`). The loss is then their weighted mean, so its scale stays. Volumes whose weights are
             all zero count as 0.
     """
-    timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
-    inside = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1)
-    if shift_voxels is not None:
-        timesteps = shifted(timesteps, (inside.clamp_min(1.0) / shift_voxels).sqrt(), train_steps)
-    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps)
-    prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), return_dict=False)[0]
+    weight = weight.expand(len(latents), *weight.shape[1:])
+    inside = weight.flatten(1).sum(1)
+    if teacher is None:
+        timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
+        if shift_voxels is not None:
+            timesteps = shifted(timesteps, (inside.clamp_min(1.0) / shift_voxels).sqrt(), train_steps)
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps)
+        end = {}
+    else:
+        noisy, target, timesteps, after = teacher.steps_of_map(latents, conditions, weight, generator)
+        end = {"next_timestep": after}
+        rows = torch.arange(len(noisy), device=latents.device) % len(latents)
+        weight, inside, conditions = weight[rows], inside[rows], conditions.map(lambda tensor: tensor[rows])
+        emphasis = None if emphasis is None else emphasis.expand(len(latents), *emphasis.shape[1:])[rows]
+    prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), **end, return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
     if emphasis is not None:  # of the error alone: the U-Net and the shift see the field of view as it is
         error = error * emphasis
         inside = (weight * emphasis).flatten(1).sum(1)
+    least = 1.0 if emphasis is None else torch.finfo(inside.dtype).tiny  # weights may sum to less than 1
     if each:
-        return (error.flatten(2).sum(2) / inside[:, None].clamp_min(1.0)).mean(0)
+        return (error.flatten(2).sum(2) / inside[:, None].clamp_min(least)).mean(0)
     cells = inside * latents.shape[1]
-    return (error.flatten(1).sum(1) / cells.clamp_min(1.0)).mean()
+    return (error.flatten(1).sum(1) / cells.clamp_min(least)).mean()

@@ -36,7 +36,9 @@ from .scheduler_options import (
 
 TRAIN_STEPS = 1000
 RECTIFIED_FLOW, V_PREDICTION, EPSILON = "rectified_flow", "v_prediction", "epsilon"
-OBJECTIVES = (RECTIFIED_FLOW, V_PREDICTION, EPSILON)
+FLOW_MAP = "flow_map"  # the average velocity of a rectified flow between two times, see `diffusion.distillation`
+OBJECTIVES = (RECTIFIED_FLOW, V_PREDICTION, EPSILON, FLOW_MAP)
+FLOWS = (RECTIFIED_FLOW, FLOW_MAP)
 
 FLOW_SCHEDULERS = (
     "FlowMatchEulerDiscreteScheduler",
@@ -44,6 +46,7 @@ FLOW_SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+FLOW_MAP_SCHEDULERS = FLOW_SCHEDULERS[:1]  # others take the prediction for the velocity at one time
 DIFFUSION_SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -51,7 +54,7 @@ DIFFUSION_SCHEDULERS = (
     "UniPCMultistepScheduler",
     "EulerDiscreteScheduler",
 )
-STEPS, SOLVER_STEPS = 20, 10  # of sampling: by default, and of flows by solvers of higher order
+STEPS, SOLVER_STEPS, MAP_STEPS = 20, 10, 2  # of sampling: by default, of flows by solvers of higher order, of flow maps
 Values = TypeVar("Values", float, Tensor)
 MAX_SHIFT_VOXELS = 10**9
 TRAINED_WITH = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
@@ -65,15 +68,15 @@ def check_objective(objective: str) -> None:
 
 def check_train_steps(objective: str, train_steps: int | None) -> None:
     """Raise ValueError for a number of steps that the objective cannot have."""
-    if train_steps is not None and objective == RECTIFIED_FLOW:
-        raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; omit it")
+    if train_steps is not None and objective in FLOWS:
+        raise ValueError(f"train_steps {train_steps}: the time of {objective} is continuous; omit it")
     if train_steps is not None and train_steps < 2:
         raise ValueError(f"train_steps must be 2 or more, got {train_steps}")
 
 
 def check_shift(objective: str, shift_voxels: int | None) -> None:
     """Raise ValueError for a shift of timesteps with an objective that has none."""
-    if shift_voxels is not None and objective != RECTIFIED_FLOW:
+    if shift_voxels is not None and objective not in FLOWS:
         raise ValueError(
             f"shift_voxels {shift_voxels}: only {RECTIFIED_FLOW} shifts its timesteps by the number of latent voxels, "
             f"the noise schedule of {objective} is fixed; omit it, or set objective: {RECTIFIED_FLOW}"
@@ -88,14 +91,23 @@ def default_sampler(objective: str, scheduler: str | None = None) -> tuple[str, 
         scheduler: the class, where that is given.
     """
     check_objective(objective)
-    name = scheduler or ("UniPCMultistepScheduler" if objective == RECTIFIED_FLOW else "DDIMScheduler")
+    usual = {RECTIFIED_FLOW: UNIPC, FLOW_MAP: FLOW_MAP_SCHEDULERS[0]}.get(objective, "DDIMScheduler")
+    name = scheduler or usual
+    if objective == FLOW_MAP:
+        return name, MAP_STEPS
     return name, SOLVER_STEPS if objective == RECTIFIED_FLOW and name in (DPM, UNIPC) else STEPS
+
+
+def schedulers_of(objective: str) -> tuple[str, ...]:
+    """Return the names of diffusers' schedulers that sample the objective."""
+    flows = {RECTIFIED_FLOW: FLOW_SCHEDULERS, FLOW_MAP: FLOW_MAP_SCHEDULERS}
+    return flows.get(objective, DIFFUSION_SCHEDULERS)
 
 
 def make_scheduler(
     objective: str, train_steps: int = TRAIN_STEPS, *, name: str | None = None, bound: float | None = None
 ) -> Scheduler:
-    """Build a scheduler for sampling: by default Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal
+    """Build a scheduler for sampling: by default Euler for flows, DDIM on a cosine schedule (Nichol & Dhariwal
     2021) for v and eps. `default_sampler` names what trained models are sampled with.
 
     v starts at pure noise (Lin et al. 2024, section 3.3). eps must not: there the cosine schedule leaves 5e-5 of the
@@ -110,7 +122,7 @@ def make_scheduler(
     Raises: ValueError for a class that does not fit the objective.
     """
     check_objective(objective)
-    if objective == RECTIFIED_FLOW:
+    if objective in FLOWS:
         default = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
     else:
         default = DDIMScheduler(
@@ -121,7 +133,7 @@ def make_scheduler(
             timestep_spacing="trailing" if objective == V_PREDICTION else "leading",
             rescale_betas_zero_snr=objective == V_PREDICTION,  # eps says nothing about the image at zero SNR
         )
-    known = FLOW_SCHEDULERS if objective == RECTIFIED_FLOW else DIFFUSION_SCHEDULERS
+    known = schedulers_of(objective)
     if name is not None and name not in known:
         raise ValueError(f"scheduler {name!r} does not fit {objective}; expected one of {', '.join(known)}")
     kind = type(default) if name is None else getattr(diffusers, name)
@@ -161,8 +173,8 @@ def fit_scheduler(
     """
     check_objective(objective)
     name = type(scheduler).__name__
-    flow = objective == RECTIFIED_FLOW
-    known = FLOW_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
+    flow = objective in FLOWS
+    known = schedulers_of(objective)
     remedy = f"use one of {', '.join(known)}, or make_scheduler({objective!r})"
     if isinstance(scheduler, type):
         raise ValueError(
@@ -210,7 +222,7 @@ def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set
     """Return the options that the model decides, as far as the scheduler's class has them."""
     name, config = type(scheduler).__name__, scheduler.config
     mine, other = SHIFTS if name.startswith("FlowMatch") else SHIFTS[::-1]
-    if objective == RECTIFIED_FLOW:
+    if objective in FLOWS:
         wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         if mine not in by_hand and other in by_hand:
             wanted[mine] = config[other]
@@ -222,6 +234,8 @@ def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set
         if objective == V_PREDICTION and "timestep_spacing" in by_hand:
             del wanted["timestep_spacing"]
     clips = bool(config.get("clip_sample")) and config["clip_sample_range"] > 1  # latents of unit variance exceed 1
+    if objective == FLOW_MAP:
+        wanted |= {"stochastic_sampling": False}  # it takes the prediction for the velocity at one time
     wanted |= {"trained_betas": None, "clip_sample": clips, "thresholding": False}
     return {key: value for key, value in wanted.items() if key in parameters(type(scheduler))}
 
@@ -287,7 +301,7 @@ def sample_timesteps(
     """
     if not isinstance(generator, torch.Generator):
         return torch.cat([sample_timesteps(objective, 1, one, train_steps) for one in generator])
-    if objective == RECTIFIED_FLOW:
+    if objective in FLOWS:
         return TRAIN_STEPS * torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
     return torch.randint(0, train_steps, (batch,), generator=generator, device=generator.device)
 
@@ -300,8 +314,10 @@ def noisy_and_target(
     Rectified flow (Liu et al. 2023, Eq. 1): x_t = (1 - sigma) x + sigma n, target n - x, sigma = t / 1000.
     eps (Ho et al. 2020, Eq. 4 and 14): x_t = sqrt(a) x + sqrt(1 - a) n, target n.
     v (Salimans & Ho 2022, section 4): target sqrt(a) n - sqrt(1 - a) x.
+
+    Flow map: as rectified flow, for its step from t to 0; students learn from `diffusion.distillation.Teacher`.
     """
-    if objective == RECTIFIED_FLOW:
+    if objective in FLOWS:
         sigma = _broadcast(timesteps / TRAIN_STEPS, latents)
         return (1 - sigma) * latents + sigma * noise, noise - latents
     scheduler: Any = DDPMScheduler.from_config(make_scheduler(objective, train_steps).config)

@@ -33,13 +33,21 @@ from .condition_embedding import ConditionEmbedding
 from .conditioning import ConditionSchema
 from .folding import FoldedMaskEmbedding
 from .images import image_columns
-from .objectives import MAX_SHIFT_VOXELS, TRAIN_STEPS, check_objective, check_shift, check_train_steps, shift_of
+from .objectives import (
+    FLOW_MAP,
+    MAX_SHIFT_VOXELS,
+    TRAIN_STEPS,
+    check_objective,
+    check_shift,
+    check_train_steps,
+    shift_of,
+)
 from .scheduler_options import MAX_TIMESTEPS
 
 
 @dataclass
 class LatentUNet3DOutput(BaseOutput):
-    """`sample` (B, out_channels, h, w, d): what the objective predicts (velocity, noise, or v)."""
+    """`sample` (B, out_channels, h, w, d): what the objective predicts (velocity, noise, v, or average velocity)."""
 
     sample: Tensor
 
@@ -96,7 +104,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             `diffusion.images`.
         shift_voxels: number of latent voxels at which timesteps are not shifted. Training and sampling shift them
             toward noise on larger grids, and toward the image on smaller ones (Esser et al. 2024, Eq. 23; see
-            docs/large_latents.md). Default: no shift. For rectified_flow only; stored here for the same reason.
+            docs/large_latents.md). Default: no shift. For flows only; stored here for the same reason.
         train_steps: length of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same
             reason.
         condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
@@ -159,6 +167,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
         self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_width)
+        self.next_embedding = None
+        if objective == FLOW_MAP:
+            self.next_embedding = TimestepEmbedding(channels[0], time_width)
+            nn.init.zeros_(self.next_embedding.linear_2.weight)  # a student predicts its teacher's velocity at first
+            nn.init.zeros_(self.next_embedding.linear_2.bias)
         classes, numbers = classes or {}, numbers or {}
         self.condition_embedding = ConditionEmbedding(classes, numbers, time_width) if classes or numbers else None
         self.mask_embedding = (
@@ -205,6 +218,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     def train_steps(self) -> int:
         """Number of steps of the schedule that it was trained with."""
         return self.config["train_steps"] or TRAIN_STEPS
+
+    @property
+    def takes_next_timestep(self) -> bool:
+        """Whether it predicts the average velocity to a second time, `next_timestep`."""
+        return self.next_embedding is not None
 
     def timestep_shift(self, sides: Sequence[int]) -> float:
         """Return the shift of timesteps on a grid of latents (h, w, d); 1 for a model without `shift_voxels`."""
@@ -278,6 +296,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         classes: Tensor | None = None,
         numbers: Tensor | None = None,
         image: Tensor | None = None,
+        next_timestep: Tensor | float | int | None = None,
         return_dict: bool = True,
     ) -> LatentUNet3DOutput | tuple[Tensor]:
         """Predict the objective's target.
@@ -291,11 +310,12 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
             numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_schema`.
             image: the result of `fold_images`; optional if training dropped each image at times.
+            next_timestep: (B,) or a scalar, in the same units, below `timestep`: where the step of a flow map ends.
         Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same for images;
-            if classes or numbers are missing, not wanted, or have other columns.
+            if classes or numbers are missing, not wanted, or have other columns; if `next_timestep` is missing or not
+            wanted.
         """
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        time = self._time(timestep, classes, numbers, sample.dtype)
+        time = self._time(self._time_vector(timestep, next_timestep, sample), classes, numbers)
         extra = [*self._mask_channels(mask, sample), *self._image_channels(image, sample)]
         x = torch.cat([sample, *extra], dim=1) if extra else sample
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
@@ -304,9 +324,26 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         x = self.conv_out(F.silu(self.norm_out(x)))
         return LatentUNet3DOutput(sample=x) if return_dict else (x,)
 
-    def _time(self, timestep: Tensor, classes: Tensor | None, numbers: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Embed the timestep, the classes and the numbers as one vector per sample."""
-        time = self.time_embedding(self.time_features(timestep).to(dtype))
+    def _time_vector(
+        self, timestep: Tensor | float | int, next_timestep: Tensor | float | int | None, sample: Tensor
+    ) -> Tensor:
+        """Embed the timestep, and the next one of a flow map, as one vector per sample."""
+
+        def features(values: Tensor | float | int) -> Tensor:
+            values = torch.as_tensor(values, device=sample.device).expand(sample.shape[0])
+            return self.time_features(values).to(sample.dtype)
+
+        time = self.time_embedding(features(timestep))
+        if self.next_embedding is None:
+            if next_timestep is not None:
+                raise ValueError(f"a model of {self.config['objective']} has one timestep; omit `next_timestep`")
+            return time
+        if next_timestep is None:
+            raise ValueError(f"a model of {FLOW_MAP} predicts a whole step: pass `next_timestep`, where it ends")
+        return time + self.next_embedding(features(next_timestep))
+
+    def _time(self, time: Tensor, classes: Tensor | None, numbers: Tensor | None) -> Tensor:
+        """Add the classes and the numbers to the embedded time."""
         if self.condition_embedding is not None:
             time = time + self.condition_embedding(classes, numbers, time.dtype)
         elif classes is not None or numbers is not None:

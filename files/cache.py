@@ -7,8 +7,8 @@ disk such as 50%. The default is half of what the disk would have free without t
 first, then what was used least recently. A file that is open stays readable until it is closed, and the links of remote
 files that a running job uses stay (`pin`).
 
-It holds patients' data: its files can be read by this user alone, unless its folder may be written to by a group, which
-then shares it (`make_folder`, `file_mode`).
+It holds patients' data: its files can be read by this user alone, unless its folder is set up for a group (chmod 2770),
+which then shares it (`make_folder`, `file_mode`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import re
 import shutil
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .atomic import NO_LOCKS, remove_folder
+from .atomic import NO_LOCKS, remove_folder, remove_leftovers
 
 try:
     import fcntl
@@ -74,15 +75,20 @@ def folder_mode() -> int:
 
 
 def file_mode() -> int:
-    """Return the rights of files in the cache: of this user alone, or of the group that may write to its folder."""
+    """Return the rights of files in the cache: of this user alone, or of the group that shares it.
+
+    A group shares it if it may write to its folder and owns what is made there (setgid, chmod 2770). Only the first
+    says nothing: with umask 002 every new folder is such.
+    """
     return 0o660 if _shared_by_group() else 0o600
 
 
 def _shared_by_group() -> bool:
     try:
-        return bool(cache_root().stat().st_mode & stat.S_IWGRP)
+        mode = cache_root().stat().st_mode
     except OSError:
         return False
+    return bool(mode & stat.S_IWGRP and mode & stat.S_ISGID)
 
 
 def parse_size(text: str, disk: int) -> int:
@@ -177,18 +183,26 @@ def _open(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[bool]:
-    """Yield whether no process holds the lock, and keep it from being taken during the block."""
-    if fcntl is None:
-        yield False
+def alone(lock: Path) -> Iterator[bool | None]:
+    """Yield whether no process holds the lock, and keep it from being taken during the block.
+
+    None if nobody can tell: the file system cannot lock, or the file cannot be opened (another user's, or a cache that
+    is read-only).
+    """
+    try:
+        file = None if fcntl is None else _open(lock)
+    except OSError:
+        file = None
+    if fcntl is None or file is None:
+        yield None
         return
-    with _open(lock) as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a job uses it, or the file system cannot lock
-            yield False
-            return
-        yield True
+            unused = True
+        except OSError as error:
+            unused = None if error.errno in NO_LOCKS else False
+        yield unused
 
 
 class Removable(NamedTuple):
@@ -208,32 +222,71 @@ def contents(root: Path) -> tuple[int, list[Removable]]:
     """Return the bytes that the cache holds, and what may be removed of it."""
     removable = _files(root / PREPARED, VOXELS)
     removable += [one._replace(kept=False) for one in _files(root / GENERATED, VOXELS)]
-    views = []
+    views, latents = _places(root)
+    for folder in latents:
+        removable += _files(folder, LATENTS)
+    used = sum(one.size for one in [*removable, *_files(root / "files", COPY)])
+    return used, removable + [Removable(True, _last_use(view), view, 0) for view in views]
+
+
+def _places(root: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders of links to copies of remote files, and the folders of copies of remote latents."""
+    views, latents = [], []
     if root.is_dir():
         for place in (one for one in root.iterdir() if one.name not in OWN and one.is_dir() and not one.is_symlink()):
             for folder, folders, files in os.walk(place):
                 views += [Path(folder, name) for name in folders if VIEW.fullmatch(name)]
                 folders[:] = [name for name in folders if not VIEW.fullmatch(name) and not name.startswith(".")]
                 if OF_URL in files:
-                    removable += _files(Path(folder), LATENTS)
-    used = sum(one.size for one in [*removable, *_files(root / "files", COPY)])
-    return used, removable + [Removable(True, _last_use(view), view, 0) for view in views]
+                    latents.append(Path(folder))
+    return views, latents
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what killed processes left of files that they wrote or copied; `contents` does not count it."""
+    for folder in (root / PREPARED, root / GENERATED, root / "files", root / "digests", *_places(root)[1]):
+        remove_leftovers(folder)
 
 
 def pinned_bytes(removable: Iterable[Removable]) -> int:
     """Return the bytes of copies of remote files that running jobs use: of all that `contents` returns, they stay."""
-    sizes: dict[int, int] = {}
-    for view in (one.path for one in removable if VIEW.fullmatch(one.path.name)):
-        lock = _pin_of(view)
-        if not lock.exists():
-            continue
-        with alone(lock) as unused:
-            for folder, _, files in os.walk(view) if not unused else ():
-                for name in files:
-                    with contextlib.suppress(FileNotFoundError):
-                        found = Path(folder, name).lstat()
-                        sizes[found.st_ino] = found.st_size
-    return sum(sizes.values())
+    used = (one.path for one in removable if VIEW.fullmatch(one.path.name) and _in_use(one.path))
+    return sum({found.st_ino: found.st_size for view in used for found in _linked(view)}.values())
+
+
+def bytes_freed(root: Path, removable: Iterable[Removable]) -> int:
+    """Return the bytes that become free if all of these are removed.
+
+    Copies of remote files become free where nothing else links to them, and none while a process copies.
+    """
+    everything = list(removable)
+    freed = sum(one.size for one in everything)
+    with alone(root / COPYING) as nobody_copies:
+        views = [one.path for one in everything if VIEW.fullmatch(one.path.name)] if nobody_copies else []
+        views = [view for view in views if not _in_use(view)]
+    links = Counter(found.st_ino for view in views for found in _linked(view))
+    for copy in _files(root / "files", COPY) if views else ():
+        with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
+            found = copy.path.lstat()
+            freed += copy.size if found.st_nlink - links[found.st_ino] == 1 else 0
+    return freed
+
+
+def _in_use(view: Path) -> bool:
+    """Return whether a job uses a folder of links, or may do so because nobody can tell."""
+    lock = _pin_of(view)
+    if not lock.exists():
+        return False
+    with alone(lock) as unused:
+        return not unused
+
+
+def _linked(view: Path) -> Iterator[os.stat_result]:
+    """Yield the status of each file in a folder of links."""
+    for folder, _, files in os.walk(view):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                yield Path(folder, name).lstat()
 
 
 def _files(folder: Path, name: re.Pattern[str]) -> list[Removable]:

@@ -43,7 +43,7 @@ from .atomic import (
 from .cache import LIMIT, cache_root, copying, file_mode, folder_mode, make_folder, pin
 from .locks import one_at_a_time
 from .names import nfc, tidy
-from .room import room_for
+from .room import Room, room_for
 
 logger = logging.getLogger(__name__)
 
@@ -157,12 +157,12 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
         with one_at_a_time(place / ".lock", file_mode()):  # one process fetches, the others find it there
             for parent in (files, cache_root() / "digests", place):
                 remove_leftovers(parent)
-            absent = [size for version, size in sizes.items() if not (files / version).exists()]
-            with room_for(sum(absent), anyway=True) as fits, copying():
-                if not fits:
+            absent = {version: size for version, size in sizes.items() if not (files / version).exists()}
+            with room_for(sum(absent.values()), anyway=True) as room, copying():
+                if not room:
                     logger.warning("%s: its copies exceed the limit of the cache (see $%s)", url, LIMIT)
                 missing = [name for name in needed if not _is_whole(files / versions[name], sizes[versions[name]])]
-                _fetch_all(url, {name: files / versions[name] for name in missing}, sizes)
+                _fetch_all(url, {name: files / versions[name] for name in missing}, sizes, absent, room)
                 if missing:
                     _check_unchanged(url, versions, missing, files, list_files(url, starts))
                 _link_all({folder / _inside(url, name): files / version for name, version in versions.items()}, folder)
@@ -174,16 +174,24 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
     return folder
 
 
-def _fetch_all(url: str, copies: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
-    """Fetch files, {name: its copy}, whose copies are missing or damaged."""
+def _fetch_all(
+    url: str, copies: Mapping[str, Path], sizes: Mapping[str, int], absent: Mapping[str, int], room: Room
+) -> None:
+    """Fetch files, {name: its copy}, whose copies are missing (`absent`, for which there is `room`) or damaged."""
     from tqdm import tqdm
 
     for name, copy in copies.items():
         if copy.exists():
             logger.warning("%s/%s: its copy in %s is damaged; fetched again", url, name, cache_root())
     _check_room(url, cache_root() / "files", sum(sizes[copy.name] for copy in copies.values()))
+
+    def fetch(name: str, copy: Path) -> None:
+        _fetch(url, name, sizes[copy.name], copy)
+        if copy.name in absent:
+            room.written(absent[copy.name])
+
     with ThreadPoolExecutor(CONNECTIONS) as threads:
-        jobs = [threads.submit(_fetch, url, name, sizes[copy.name], copy) for name, copy in copies.items()]
+        jobs = [threads.submit(fetch, name, copy) for name, copy in copies.items()]
         try:
             for job in tqdm(jobs, desc=f"copying from {url}", unit="file", delay=2, leave=False, disable=None):
                 job.result()

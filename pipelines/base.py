@@ -1,6 +1,7 @@
 """What all pipelines share: requests are prepared once, then volumes are generated from them. Axes: (B, C, X, Y, Z)."""
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,9 +16,16 @@ from autoencoder.residual_noise import ResidualNoiseModel
 from diffusion import Conditions, LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance, set_timesteps
-from diffusion.guidance import Guidance, autoguidance_in_effect
+from diffusion.distillation import check_guidance_of_student
+from diffusion.guidance import Guidance, autoguidance_in_effect, interval_in_effect
 from diffusion.scheduler_options import Scheduler
-from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition, without_labels
+from pipelines.inputs.conditions import (
+    check_conditions,
+    condition_tensors,
+    has_labels,
+    image_condition,
+    without_labels,
+)
 from pipelines.inputs.images import check_images, describe_images
 from pipelines.inputs.masks import check_whole, describe_mask, replaced_labels, source_name
 from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
@@ -34,7 +42,7 @@ from pipelines.storage.provenance import (
 from pipelines.storage.record import GenerationRecord
 from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
-from volumes import UNKNOWN, VoxelError
+from volumes import VoxelError
 from volumes.description import DataDescription
 from volumes.foreground import box_to_json
 
@@ -117,8 +125,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self._check_requests(requests)
         sampling = sampling.filled(self.sampling_settings)
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
+        check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale, sampling.without)
         self._timed_scheduler(sampling)
-        self._replaced(sampling)
+        replaced = self._replaced(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
         for request in requests:
@@ -136,6 +145,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     grid = self.volume_processor.preprocess_shape(request.shape)
                 grid = self._add_images(request, grid)
                 record = replace(self.record(request, sampling), scheduler=self._recorded_scheduler(sampling, grid))
+                if replaced and not has_labels(grid.labels, replaced):
+                    interval = replace(sampling, guidance_without={}).interval
+                    record = replace(record, guidance_without=None, guidance_interval=interval)
                 read[key] = grid, record
             grid, record = read[key]
             classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
@@ -214,6 +226,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         have."""
         names = {name for volume in volumes for name in volume.condition_names}
         check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
+        check_guidance_of_student(self.unet, scale, None)
 
     # Prepared volumes -> latents -> volumes
 
@@ -242,7 +255,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             raise ValueError(
                 "the volumes were prepared for other sampling settings, which their records name; prepare them again"
             )
-        networks = self._networks(sampling)
+        networks = self._networks(sampling, volumes)
+        for unread in sampling.without_effect if step_end is None or step_end.callback is None else ():
+            warnings.warn(f"{unread}; it is not used", stacklevel=2)
         for unet in networks:
             check_attention_backend(unet, self._execution_device)
         samples = self._samples(volumes, generators, latents, paths, output_type)
@@ -257,7 +272,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         with self._call_state() as state, one_at_a_time(self.vae, *networks):
             device = self._execution_device
             encoded = {grid: self._encode(grid) for grid in dict.fromkeys(volume.grid for volume in volumes)}
-            for numbers in equal_batches([sample.prepared.shape for sample in samples], sampling.batch_size):
+            keys = [(sample.prepared.shape, sample.record.guidance_without is None) for sample in samples]
+            for numbers in equal_batches(keys, sampling.batch_size):
                 batch = [samples[number] for number in numbers]
                 if state.interrupt:
                     for sample in batch:
@@ -274,7 +290,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     schedulers[batch[0].prepared.shape],
                     conditions[0],
                     guidance_scale=sampling.guidance_scale,
-                    guidance_interval=sampling.interval,
+                    guidance_interval=sampling.guidance_interval,
                     autoguidance=self._autoguidance(sampling, conditions),
                     contrasts=self._contrasts(sampling, prepared, conditions[0]),
                     schema=self.unet.condition_schema,
@@ -286,21 +302,29 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     count_calls=calls.append,
                     **self._start(batch, encoded),
                 )
+                noted: dict[str, Any] = {"callback": callback.changes or None, "network_calls": calls[0]}
+                if "guidance_scale" in callback.changes:  # it may have begun to guide
+                    noted["guidance_interval"] = interval_in_effect(sampling.guidance_interval)
                 for sample, latent in zip(batch, denoised, strict=True):
-                    sample.record = replace(sample.record, callback=callback.changes or None, network_calls=calls[0])
+                    sample.record = replace(sample.record, **noted)
                     self._finish(sample, latent, output_type, sampling.residual_noise)
             self.maybe_free_model_hooks()
         return samples
 
-    def _networks(self, sampling: SamplingConfig) -> list[LatentUNet3D]:
-        """The U-Nets of a call: the pipeline's, and with autoguidance the weaker one."""
-        if autoguidance_in_effect(sampling.autoguidance_scale) == 1:
+    def _networks(self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume]) -> list[LatentUNet3D]:
+        """The U-Nets of a call: the pipeline's, and with autoguidance the weaker one. Raises: ValueError if it is not
+        the one that the records of the volumes name."""
+        check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
+        if self.unet_weak is None or autoguidance_in_effect(sampling.autoguidance_scale) == 1:
             return [self.unet]
+        weak = self.unet_weak_hash
+        if any(volume.record.unet_weak != weak for volume in volumes):
+            raise ValueError("the volumes were prepared for another weaker U-Net (unet_weak); prepare them again")
         return [self.unet, self.unet_weak]
 
     def _autoguidance(self, sampling: SamplingConfig, conditions: Sequence[Conditions]) -> Autoguidance | None:
         """The guidance by the weaker U-Net, with the batch's conditions of each of `_networks`; None without it."""
-        if len(conditions) == 1:
+        if self.unet_weak is None or len(conditions) == 1:
             return None
         return Autoguidance(self.unet_weak, conditions[1], autoguidance_in_effect(sampling.autoguidance_scale))
 
@@ -309,10 +333,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         not know."""
         if sampling.without is None:
             return {}
-        replaced = replaced_labels(self.data.labels, sampling.without["labels"])
-        if UNKNOWN in replaced.values() and not self.unet.takes_partial_masks:
-            raise ValueError("guidance_without: this model knows no unknown label; name the label around it instead")
-        return replaced
+        return replaced_labels(self.unet, self.data.labels, sampling.without["labels"])
 
     def _contrasts(
         self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume], conditions: Conditions

@@ -3,6 +3,7 @@ all."""
 
 import functools
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from accelerate import PartialState
 
 from cli.live_bar import LiveBar
 from cli.stopping import Stopped, check_stop, finishing
+from diffusion.guidance import autoguidance_in_effect
 from files.atomic import refuse_link, remove_leftovers
 from files.locks import only_writer
 from files.writable import check_output_folder, explain_disk_full
@@ -163,7 +165,8 @@ def generate_to_disk(
     check_count(requests, config.count)
     rejection = config.rejection(pipe, requests)
     requests = [with_options(request, config) for request in requests]
-    check_exports(config.exports, config.output, pipe.data, requests, config.count)
+    partial = pipe.unet.takes_partial_masks
+    check_exports(config.exports, config.output, pipe.data, requests, config.count, partial=partial)
     sources = {volume_path(config.output, one.name, k): one for one in requests for k in range(config.count)}
     requests, ks = share_of(requests, config.count, state)
     sampling, missing = config.sampling, []
@@ -267,6 +270,13 @@ def load_pipeline(config: RunConfig, device: torch.device | None) -> VolumePipel
         pipe.load_lora_weights(config.lora)
     if config.unet_weak:
         pipe.load_unet_weak(config.unet_weak)
+        scale = config.sampling.filled(pipe.sampling_settings).autoguidance_scale
+        if autoguidance_in_effect(scale) == 1:
+            warnings.warn(
+                f"--unet_weak {config.unet_weak}: autoguidance_scale is 1, so it guides nothing; add "
+                "--autoguidance_scale, such as 1.5",
+                stacklevel=2,
+            )
     return pipe
 
 

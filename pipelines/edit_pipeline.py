@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from diffusion.distillation import check_inpainting_of_student
 from diffusion.guidance import Guidance
 from pipelines.inputs.arguments import flag, names, real_number, whole_number
 from pipelines.inputs.images import ImageLike, Images
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM, downsample_region, edit_requests, encoded
 from pipelines.inputs.masks import LabelMap, MaskLike
-from pipelines.inputs.prepared import PreparedGrid
+from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
 from pipelines.inputs.request import Classes, Numbers, VolumeRequest, call_requests
 from pipelines.storage.loading import register_pipeline
 from pipelines.storage.output import MedVolumePipelineOutput
@@ -132,6 +133,14 @@ class MedVolumeEditPipeline(VolumePipeline):
         generators = sample_generators(generator, len(volumes))
         samples = self.generate(volumes, sampling, generators, output_type=output_type, paths=paths, step_end=step_end)
         return call_output(samples, return_dict)
+
+    def prepare(self, requests: Sequence[VolumeRequest], sampling: SamplingConfig) -> list[PreparedVolume]:
+        """As `VolumePipeline.prepare`. Raises: also for a region that a student would fill in one call."""
+        steps = sampling.filled(self.sampling_settings).steps
+        for edit in (request.edit for request in requests):
+            if edit is not None and edit.region is not None:
+                check_inpainting_of_student(self.unet, edit.strength, steps)
+        return super().prepare(requests, sampling)
 
     def _check_requests(self, requests: Iterable[VolumeRequest]) -> None:
         edits = [request.edit for request in requests]

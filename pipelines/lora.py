@@ -140,6 +140,7 @@ class LoraMixin(LoraBaseMixin):
     vae: VolumeAutoencoder
     unet_name = "unet"
     unet: LatentUNet3D
+    unet_weak: LatentUNet3D | None
     data: DataDescription
     unet_hash: str
     model_hash: str

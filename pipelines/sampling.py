@@ -133,6 +133,18 @@ class SamplingConfig:
             return None
         return {"labels": {str(one): other for one, other in self.guidance_without.items()}, "scale": scale}
 
+    @property
+    def without_effect(self) -> list[str]:
+        """Settings of the call that nothing reads, each with what it needs."""
+        given = {name for name, place in (self.settings_from or {}).items() if place == "call"}
+        unread = []
+        everywhere = interval_in_effect(self.guidance_interval) is None
+        if "guidance_interval" in given and not everywhere and self.interval is None:
+            unread.append("guidance_interval acts on guidance, and there is none (guidance_scale, autoguidance_scale)")
+        if "without_scale" in given and not self.guidance_without and self.without_scale != 1:
+            unread.append("without_scale is of guidance_without, and there is none")
+        return unread
+
     def check_start(self) -> None:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
         if self.sigmas and self.sigmas[0] < MIN_NOISE:

@@ -43,6 +43,7 @@ def tiny_pipeline(
     objective: str = "rectified_flow",
     images: dict[str, int] | None = None,
     condition_dropout: dict[str, float] | None = None,
+    partial_masks: float | None = None,
     **changes: Any,
 ):
     """A MedVolumePipeline without progress bars; further keyword arguments change its `data`. With `images` its
@@ -73,6 +74,7 @@ def tiny_pipeline(
         objective=objective,
         images=images,
         condition_dropout=condition_dropout,
+        partial_masks=partial_masks,
     )
     with torch.no_grad():  # the last layer of a new U-Net is zero: nothing would depend on anything
         for parameter in (unet.conv_out.weight, *(block.conv2.weight for level in unet.down_blocks for block in level)):

@@ -71,6 +71,7 @@ def initialize_from(
     folder: str | Path,
     new: str | None = None,
     moved: Mapping[str, str | None] | None = None,
+    own: str | None = None,
     longer: str | None = None,
 ) -> list[str]:
     """Load a trained model's weights into `model`, for fine-tuning. Layers of another shape stay as initialized.
@@ -80,6 +81,7 @@ def initialize_from(
 
     Args:
         new: a submodule that the trained model may lack, entirely or in part; parameters that it lacks start at zero.
+        own: the same, but they stay as initialized.
         moved: layers of the trained model that have another name in this one, or None for layers to skip.
         longer: a parameter that has more rows than the trained model's; those that it lacks start at zero.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
@@ -95,15 +97,19 @@ def initialize_from(
         if missing_rows > 0 and weights[longer].shape[1:] == current[longer].shape[1:]:
             zeros = weights[longer].new_zeros((missing_rows, *weights[longer].shape[1:]))
             weights[longer] = torch.cat([weights[longer], zeros])
-    added = {key for key in current.keys() - weights.keys() if new and key.startswith(f"{new}.")}
-    missing, unexpected = sorted(current.keys() - weights.keys() - added), sorted(weights.keys() - current.keys())
+    lacking = current.keys() - weights.keys()
+    added = {key for key in lacking if new and key.startswith(f"{new}.")}
+    kept_own = {key for key in lacking if own and key.startswith(f"{own}.")}
+    missing, unexpected = sorted(lacking - added - kept_own), sorted(weights.keys() - current.keys())
     if missing or unexpected:
         raise ValueError(
             f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected "
             f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only the numbers of labels and channels may "
             "differ"
         )
-    fresh = {key.rpartition(".")[0] for key in current if key in added or current[key].shape != weights[key].shape}
+    fresh = {
+        key.rpartition(".")[0] for key in current if key not in weights or current[key].shape != weights[key].shape
+    }
     kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}
     if not kept:
         raise ValueError(f"--init_from {folder}: no layer has the same shape as in this model; compare the two configs")

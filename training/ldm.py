@@ -34,6 +34,7 @@ from diffusion import (
 )
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
+from diffusion.distillation import Teacher
 from diffusion.folding import cells_with, emphasis_of, hide_parts
 from diffusion.latents.cache import weights_hash
 from diffusion.objectives import Scheduler, default_sampler
@@ -48,13 +49,14 @@ from volumes.data.subjects import join_records
 
 from .background import check_background, measure_background
 from .build import build_model, initialize_from
+from .distill import check_student, load_teacher
 from .encoder_distance import EncoderDistance
 from .engine.averages.power import STORED
 from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
 from .held_out import EncodedVolume, encode_held_out, latents_of
-from .label_weights import check_partial_masks, label_weights
+from .label_weights import check_best_by, check_partial_masks, label_weights
 from .ldm_config import TrainLdmConfig
 from .previews import preview_case
 from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("training")
 VALIDATION_SAMPLES = 8  # timesteps and noises per held-out volume; the same at every validation
+VALIDATION_TRAJECTORIES = 1  # of a teacher, per held-out volume
 
 
 class LatentBatch(TypedDict):
@@ -80,6 +83,7 @@ class LdmTrainingStep:
 
     Args:
         realism: compares generated with held-out volumes, if `loop.sample_every` asks for it.
+        teacher: of a student, whose objective is `flow_map`.
         label_weights: {label name: (label index, weight)} of the labels whose errors count more or less than others.
     """
 
@@ -95,6 +99,7 @@ class LdmTrainingStep:
         loss: str = "mse",
         label_maps: bool = False,
         realism: EncoderDistance | None = None,
+        teacher: Teacher | None = None,
         label_weights: Mapping[str, tuple[int, float]] | None = None,
     ):
         self.label_maps, self.realism = label_maps, realism
@@ -106,8 +111,10 @@ class LdmTrainingStep:
             training_loss,
             train_steps=network.train_steps,
             shift_voxels=network.config["shift_voxels"],
+            teacher=teacher,
             absolute=loss == "l1",
         )
+        self.validation_samples = VALIDATION_SAMPLES if teacher is None else VALIDATION_TRAJECTORIES
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
@@ -125,8 +132,10 @@ class LdmTrainingStep:
         torch.manual_seed(generators[0].initial_seed())
         hidden = self._hide(batch["conditions"], generators)
         conditions = drop_conditions(hidden, self.schema, self.dropout, generators)
-        weighted = {"emphasis": self._emphasis(batch["conditions"])} if self.label_weights else {}
-        loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators, **weighted)
+        emphasis = self._emphasis(batch["conditions"]) if self.label_weights else None
+        loss = self.loss(
+            self.unet.model, self.objective, latents, conditions, batch["weight"], generators, emphasis=emphasis
+        )
         self.unet.backward(loss)
         return {"loss": loss.detach()}
 
@@ -158,7 +167,7 @@ class LdmTrainingStep:
         volume has. None of them is weighted by label."""
 
         def repeat(values: Tensor) -> Tensor:
-            return values.expand(VALIDATION_SAMPLES, *values.shape[1:])
+            return values.expand(self.validation_samples, *values.shape[1:])
 
         latents = repeat(item["latents"])
         whole = item["conditions"].map(repeat)
@@ -233,10 +242,12 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_partial_masks(config)
     train, held_out = load_split(config.data)
     check_prepared(config, vae, train.preprocessing)
+    teacher, taught = load_teacher(config, vae, accelerator) if config.distill else (None, None)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
     images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
+    check_student(config)
     check_residual_noise(config, train)
     check_background(train)
     set_seed(config.loop.seed)
@@ -246,7 +257,10 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
     realism = EncoderDistance(vae, PaddedVolumes(train, vae.stride)) if config.loop.sample_every else None
-    step = build_step(config, unet, vae, realism, label_weights(config, train.labels, unet))
+    step = build_step(config, unet, vae, realism, teacher, label_weights(config, train.labels, unet))
+    if held_out:
+        check_best_by(config.loop.best_by, step.label_weights, held_out)
+    known_noise = data.residual_noise if taught is None else taught.residual_noise
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), step.inference_steps, None, accelerator.device)
 
@@ -264,12 +278,13 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             trained_on = {"data": train.preprocessing, "subjects": records}
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
-        noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
+        noise = tuple(measure_noise(train, vae)) if config.residual_noise else known_noise
         average.register_to_config(subjects=records)
         threshold = measure_background(train, vae) if config.data.empty_background else None
         described = dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
-        pipe.sampling_settings = SamplingSettings(num_inference_steps=step.inference_steps)  # those of the previews
+        guidance = None if teacher is None else 1.0  # a student has its teacher's
+        pipe.sampling_settings = SamplingSettings(step.inference_steps, guidance)  # those of the previews
         save_model(pipe, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
@@ -295,6 +310,7 @@ def build_step(
     unet: LatentUNet3D,
     vae: VolumeAutoencoder,
     realism: EncoderDistance | None = None,
+    teacher: Teacher | None = None,
     label_weights: Mapping[str, tuple[int, float]] | None = None,
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
@@ -313,7 +329,9 @@ def build_step(
     scheduler = partial(make_scheduler, objective, unet.train_steps, name=name, bound=vae.latent_bound())
     label_maps = bool(config.data.image_labels)
     channels, steps = config.data.channels, config.inference_steps or usual
-    return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, label_weights)
+    return LdmTrainingStep(
+        learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, teacher, label_weights
+    )
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
@@ -363,7 +381,7 @@ def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
 
 def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at
-    zero, and so does what a model of whole masks lacks for partial ones."""
+    zero, and so does what a model of whole masks lacks for partial ones. A student's second time stays as it is."""
     described = Path(folder) / "config.json"
     trained = read_object(described) if described.is_file() else None
     moved = None if trained is None else moved_embeddings(trained, unet.config)
@@ -371,7 +389,7 @@ def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     if trained is not None and unet.takes_partial_masks and trained.get("partial_masks") is None:
         same = trained.get("num_labels") == unet.config["num_labels"]
         longer = "mask_embedding.table.weight" if same else None  # unknown is the label after the last one
-    return initialize_from(unet, folder, new="condition_embedding", moved=moved, longer=longer)
+    return initialize_from(unet, folder, new="condition_embedding", moved=moved, longer=longer, own="next_embedding")
 
 
 def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:

@@ -16,7 +16,7 @@ from cli.settings import (
     UserPath,
     checked,
 )
-from volumes.data.config import DataConfig
+from volumes.data.config import DataConfig, Label
 
 from .engine.config import MAX_MINUTES, LoopConfig, OptimizerConfig, warn_of_long_warmup
 
@@ -153,7 +153,7 @@ class TrainVaeConfig:
     model: dict[str, Any]
     crops: CropConfig = field(default_factory=CropConfig)
     losses: AutoencoderLosses = field(default_factory=AutoencoderLosses)
-    loss_weights: dict[int | str, PositiveFloat] = field(default_factory=dict)
+    loss_weights: dict[Label | str, PositiveFloat] = field(default_factory=dict)
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
     gradient_checkpointing: bool = False

@@ -28,7 +28,8 @@ def label_indices(
 
     Args:
         partial: whether `label_map` may lead to `UNKNOWN`, which is then the index of these voxels.
-    Raises VolumeError, which names the mask and the values, for labels that are neither known nor mapped.
+    Raises VolumeError, which names the mask and the values, for labels that are neither known nor mapped, and for those
+    that are mapped to `UNKNOWN` unless `partial`.
     """
     order = sorted(known)
     present = np.zeros(VALUES, dtype=bool)
@@ -44,9 +45,15 @@ def label_indices(
             table[value] = UNKNOWN
         else:
             unknown.append(value)
+    if hidden := sorted(value for value in unknown if (label_map or {}).get(value) == UNKNOWN):
+        raise VolumeError(
+            f"{name}: holds {hidden}, which label_map calls unknown ({UNKNOWN}); only the label of a mask's voxels may "
+            "be unknown, so map them to a label"
+        )
     if unknown:
         raise VolumeError(
             f"{name}: mask holds labels {sorted(unknown)} that have no name (named are {order}); name or map them"
+            + (f". {{{UNKNOWN}: {UNKNOWN}}} maps {UNKNOWN} to unknown" if partial and UNKNOWN in unknown else "")
         )
     return table[labels]
 

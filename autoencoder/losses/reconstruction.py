@@ -20,10 +20,11 @@ def masked_mean(values: Tensor, fov: Tensor, emphasis: Tensor | None = None) -> 
     Args:
         emphasis: (B, 1, X, Y, Z), how much each voxel counts beside the others of its volume.
     """
-    weight = fov.to(values.dtype).expand_as(values)
+    weight, least = fov.to(values.dtype).expand_as(values), 1.0
     if emphasis is not None:
         weight = weight * emphasis
-    return ((values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
+        least = torch.finfo(weight.dtype).tiny  # the weights of a volume may sum to less than 1
+    return ((values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(least)).mean()
 
 
 def difference(reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor
 from files.paths import path_inside
 from pipelines import describe_mask, read_sidecar
 from volumes import (
+    PADDING,
     PHANTOM_LABELS,
+    UNKNOWN,
     Case,
     DataConfig,
     Placement,
@@ -25,7 +27,6 @@ from volumes import (
     VolumeError,
     describe_grid,
     label_indices,
-    make_phantom,
     pad_or_crop,
     read_mask,
     read_volume,
@@ -41,6 +42,9 @@ from .volume_sets import of_generated
 
 PERCENTILES = (0.5, 99.5)
 SUFFIXES = (".nii.gz", ".nii")
+WHOLE_MASKS = (
+    "map these values to a label (--data.label_map), or leave out the cases that have them (--data.on_error skip)"
+)
 NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 
 
@@ -175,9 +179,9 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
     """Read the pairs and bring them to `shape`.
 
     Each channel of each volume is scaled by its own percentiles 0.5 and 99.5, whatever scaling the config names for the
-    models, and each volume is center-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid
-    raises VolumeError, which names the file, or with `on_error: skip` is omitted and listed; if no volume is left,
-    ValueError is raised.
+    models, and each volume is center-cropped or zero-padded. A volume that cannot be read, is not on its mask's grid or
+    has a mask with `UNKNOWN` voxels raises VolumeError, which names the file, or with `on_error: skip` is omitted and
+    listed; if no volume is left, ValueError is raised.
     """
     images = large_zeros((len(pairs), len(config.patterns), *shape))
     labels = large_zeros((len(pairs), *shape), torch.uint8)
@@ -185,6 +189,7 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
     for pair in pairs:
         try:
             image, mask = _read(pair, config)
+            _check_whole(mask, pair.case)
         except VolumeError as error:
             if config.on_error == "raise":
                 raise
@@ -217,16 +222,18 @@ def unit_range(array: np.ndarray) -> np.ndarray:
 
 
 def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
-    """Read image, in the units of its file, and label indices, both in the config's box and at its spacing."""
+    """Read image, in the units of its file, and label indices, `UNKNOWN` where these are, both in the config's box and
+    at its spacing."""
     case = pair.case
     if pair.generated_mask:
         config = replace(of_generated(config), crop=config.crop)  # there is a mask for a box of labels
     if config.resample_to is not None and pair.generated is None:
         return _read_resampled(case, config)
     if case.phantom is not None:
-        assert config.phantom is not None
-        image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
-        name, parts = case.name, [image]
+        drawn = read_case(case, config)
+        assert drawn.mask is not None
+        name, parts, mask = case.name, [*drawn.images.values()], drawn.mask
+        [image] = parts
     else:
         assert case.mask is not None
         if pair.generated is not None:
@@ -247,7 +254,10 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     if len(image.array) != len(config.patterns):
         raise VolumeError(f"{name}: holds {len(image.array)} channels, the data has {list(config.patterns)}")
     box = _box(pair, StoredCase(dict(zip(config.patterns, parts, strict=True)), mask), config)
-    mask = mask.replace(label_indices(mask.array, label_values(config), config.label_map, name=str(case.mask or name)))
+    indices = label_indices(
+        mask.array, label_values(config), config.label_map, name=str(case.mask or name), partial=True
+    )
+    mask = mask.replace(indices)
     if box is not None:
         image, mask = cut(image, box), cut(mask, box)
     if config.spacing is not None:
@@ -288,7 +298,16 @@ def _read_resampled(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
     assert aligned.mask is not None
     lowest = np.nanmin(aligned.image.array, axis=(1, 2, 3), keepdims=True)
     image = aligned.image.replace(np.where(np.isnan(aligned.image.array), lowest, aligned.image.array))
-    return image, aligned.mask.replace(np.maximum(aligned.mask.array, 0))
+    return image, aligned.mask.replace(np.where(aligned.mask.array == PADDING, 0, aligned.mask.array))
+
+
+def _check_whole(mask: Volume, case: Case) -> None:
+    """Raises: VolumeError if the label of some voxels of a mask (label indices) is unknown."""
+    if count := int((mask.array == UNKNOWN).sum()):
+        raise VolumeError(
+            f"{case.mask or case.name}: the label of {count} voxels is unknown ({UNKNOWN}, see data.label_map), and "
+            f"segmenters are trained and tested on whole masks; {WHOLE_MASKS}"
+        )
 
 
 def _with_masks(cases: list[Case], split: str) -> list[Case]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.data.label_budget import budget
-from evaluation.data.pairs import label_values, learning_cases, test_cases
+from evaluation.data.pairs import WHOLE_MASKS, label_values, learning_cases, test_cases
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics.memorization import check_references
 from evaluation.metrics.ms_ssim import check_pairs, scales_of
@@ -29,7 +29,7 @@ from evaluation.networks.defaults import (
     SHIFT,
 )
 from evaluation.stats.conformal import check_unseen, conformal_threshold
-from volumes import Case, DataConfig
+from volumes import UNKNOWN, Case, DataConfig
 
 from .realism import PARTS
 from .utility import check_shape
@@ -144,7 +144,13 @@ def _moved(data: Data, options: Options) -> None:
 
 def _segmented(data: Data, options: Options) -> None:
     check_shape(options.get("shape") or SHAPE)
-    label_values(data.config)
+    values, config = label_values(data.config), data.config
+    hidden = sorted(str(value) for value, target in config.label_map.items() if target == UNKNOWN)
+    if hidden and UNKNOWN not in values and config.on_error == "raise":
+        raise ValueError(
+            f"data.label_map says that the label is unknown where masks hold {', '.join(hidden)} ({UNKNOWN}), and "
+            f"segmenters need whole masks; {WHOLE_MASKS}"
+        )
     learning_cases(data.cases)
     test_cases(data.cases)
 

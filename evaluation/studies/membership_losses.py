@@ -7,7 +7,7 @@ import torch
 
 from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, fold_mask, image_condition
-from diffusion.objectives import TRAIN_STEPS, noisy_and_target, shift_of, shifted
+from diffusion.objectives import FLOWS, TRAIN_STEPS, noisy_and_target, shift_of, shifted
 from pipelines import MedVolumePipeline
 from volumes import VolumeDataset, pad_sample
 
@@ -30,12 +30,13 @@ def denoising_losses(
 
     It is the mean over `times` (in thousandths of the schedule, shifted as in training for a model with `shift_voxels`)
     and over `draws` of noise, the same for every volume of a shape, inside the field of view and without augmentation
-    (Matsumoto et al. 2023, section 3).
+    (Matsumoto et al. 2023, section 3). Of a student it is that of its step to the image.
 
     Raises: ValueError for a pipeline with masks and a data set without.
     """
     vae, unet = pipe.vae, pipe.unet
     config, schema = unet.config, unet.condition_schema
+    end = {"next_timestep": 0} if unet.takes_next_timestep else {}
     losses = []
     for index in range(len(dataset)):
         item = pad_sample(dataset[index], vae.stride)
@@ -59,11 +60,9 @@ def denoising_losses(
             for _ in range(draws):
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
                 step = shifted(time * unet.train_steps / TRAIN_STEPS, shift, unet.train_steps)
-                at = torch.full(
-                    (1,), step if config["objective"] == "rectified_flow" else int(step), device=latents.device
-                )
+                at = torch.full((1,), step if config["objective"] in FLOWS else int(step), device=latents.device)
                 noisy, target = noisy_and_target(config["objective"], latents, noise, at, unet.train_steps)
-                prediction = unet(noisy * weight, at, **conditions.as_kwargs(), return_dict=False)[0]
+                prediction = unet(noisy * weight, at, **conditions.as_kwargs(), **end, return_dict=False)[0]
                 error = (prediction.float() - target.float()) ** 2 * weight
                 errors.append(float(error.sum() / (weight.sum() * latents.shape[1])))
         losses.append(np.mean(errors))

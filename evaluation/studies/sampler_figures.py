@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import nn
 
 from diffusion.guidance import Interval, interval_in_effect
-from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
+from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
 from evaluation.data.model_units import in_model_units, pipeline_of_boxes
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.data.volume_sets import volume_shapes
@@ -38,22 +38,24 @@ from .realism import MIN_SPREAD
 OWN = "own"  # the scheduler of the pipeline
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 OF_FLOWS = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, **SOLVERS}
+OF_MAPS = {"euler": FlowMatchEulerDiscreteScheduler}
 OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler, **SOLVERS}
 
 
 @dataclass(frozen=True)
 class Combination:
     """A scheduler by name, its steps, the guidance scale, the noise levels (lo, hi] in which guidance acts (None: all,
-    or no guidance), and the scale of autoguidance (1: none)."""
+    or no guidance), the scale of autoguidance (1: none), and whether the pipeline's `guidance_without` acts too."""
 
     scheduler: str
     steps: int
     guidance: float
     interval: Interval | None = None
     autoguidance: float = 1.0
+    without: bool = False
 
     def __post_init__(self) -> None:
-        guided = max(self.guidance, self.autoguidance) > 1
+        guided = self.without or max(self.guidance, self.autoguidance) > 1
         object.__setattr__(self, "interval", interval_in_effect(self.interval) if guided else None)
 
     @property
@@ -61,7 +63,7 @@ class Combination:
         """Such as "2 in (0.2, 0.8], weak 1.5"."""
         interval = "" if self.interval is None else f" in ({self.interval[0]:g}, {self.interval[1]:g}]"
         weak = "" if self.autoguidance == 1 else f", weak {self.autoguidance:g}"
-        return f"{self.guidance:g}{interval}{weak}"
+        return f"{self.guidance:g}{interval}{weak}{', without labels' if self.without else ''}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
     objective, train_steps = pipe.unet.config["objective"], pipe.unet.train_steps
     if name == OWN:
         return fit_scheduler(pipe.scheduler, objective, train_steps)
-    classes = OF_FLOWS if objective == RECTIFIED_FLOW else OF_DIFFUSION
+    classes = {RECTIFIED_FLOW: OF_FLOWS, FLOW_MAP: OF_MAPS}.get(objective, OF_DIFFUSION)
     if name not in classes:
         raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(classes)}")
     return make_scheduler(objective, train_steps, name=classes[name].__name__, bound=pipe.vae.latent_bound())

@@ -11,12 +11,14 @@ volumes can tell.)
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from evaluation.stats.bootstrap import Estimate
 from files.documents import read_object
-from pipelines import MedVolumePipeline, SamplingSettings
+from pipelines import MedVolumePipeline, SamplingConfig
+from pipelines.storage.record import WithoutRecord
 
 from .sampler_figures import OWN, Combination, Cost, SamplerScores, make_named
 
@@ -28,10 +30,11 @@ COLUMNS = (
 
 class Settings(TypedDict, total=False):
     """The settings that all combinations of a report have in common; `split` only if it is not the test split,
-    `unet_weak` only for a pipeline with a weaker U-Net."""
+    `unet_weak` only for a pipeline with a weaker U-Net, `guidance_without` only for one whose sampling.json has it."""
 
     model: str
     unet_weak: str
+    guidance_without: WithoutRecord
     masks: list[str]
     seed: int
     batch_size: int
@@ -48,18 +51,21 @@ class Entry(Cost, SamplerScores):
     guidance: float
     guidance_interval: NotRequired[list[float] | None]
     autoguidance: NotRequired[float]
+    without: NotRequired[bool]
     volumes: int
     measured: Mapping[str, object]
 
 
 class Choice(TypedDict):
-    """The combination that the rule takes; interval and autoguidance only where it has them."""
+    """The combination that the rule takes; interval, autoguidance and `without` (the pipeline's `guidance_without`)
+    only where it has them."""
 
     scheduler: str
     steps: int
     guidance: float
     guidance_interval: NotRequired[list[float] | None]
     autoguidance: NotRequired[float]
+    without: NotRequired[bool]
 
 
 class SamplerReport(TypedDict):
@@ -102,6 +108,7 @@ def combination_of(entry: Entry | Choice) -> Combination:
         entry["guidance"],
         None if interval is None else (interval[0], interval[1]),
         entry.get("autoguidance", 1.0),
+        entry.get("without", False),
     )
 
 
@@ -116,6 +123,8 @@ def named(combination: Combination) -> Choice:
         choice["guidance_interval"] = list(combination.interval)
     if combination.autoguidance != 1:
         choice["autoguidance"] = combination.autoguidance
+    if combination.without:
+        choice["without"] = True
     return choice
 
 
@@ -145,18 +154,25 @@ def _spectrum(entry: Entry) -> Estimate[float]:
 
 
 def apply_choice(pipe: MedVolumePipeline, path: Path, models: Sequence[str]) -> None:
-    """Give the pipeline the scheduler, the steps and the guidance that the report at `path` chose.
+    """Give the pipeline the scheduler, the steps and the guidance that the report at `path` chose. Its
+    `guidance_without`, which all combinations share, stays.
 
     Args:
         models: the hashes by which the report may name the model.
-    Raises: ValueError for a report on test volumes, on another model or another scheduler of its own, or in which no
-    combination qualifies.
+    Raises: ValueError for a report on test volumes, on another model, weaker U-Net, `guidance_without` or scheduler of
+    its own, or in which no combination qualifies.
     """
     report = read_report(path)
     if report["settings"].get("split") != "validation":
         raise ValueError(f"{path}: was measured on test volumes; choose settings with --split validation")
     if report["settings"].get("model") not in models:
         raise ValueError(f"{path}: was measured with another model; run evaluation.studies.samplers on this pipeline")
+    without = SamplingConfig().filled(pipe.sampling_settings).without
+    if report["settings"].get("guidance_without") != without:
+        raise ValueError(
+            f"{path}: was measured with guidance_without {report['settings'].get('guidance_without')}, the pipeline's "
+            f"sampling.json has {without}; run evaluation.studies.samplers on this pipeline"
+        )
     chosen = choose(report["combinations"]) if report["combinations"] else None
     if chosen is None:
         raise ValueError(f"{path}: no combination qualifies; measure more of them, or on more --masks")
@@ -176,8 +192,17 @@ def apply_choice(pipe: MedVolumePipeline, path: Path, models: Sequence[str]) -> 
             f"{path}: chose autoguidance {autoguidance:g}, and the pipeline has no weaker U-Net; give it that of the "
             "study with pipe.load_unet_weak(FOLDER), and save it"
         )
-    pipe.sampling_settings = SamplingSettings(
-        combination.steps, combination.guidance, combination.interval, autoguidance
+    if autoguidance is not None and report["settings"].get("unet_weak") != pipe.unet_weak_hash:
+        raise ValueError(
+            f"{path}: chose autoguidance {autoguidance:g} by another weaker U-Net than the pipeline's; give it that of "
+            "the study with pipe.load_unet_weak(FOLDER), and save it"
+        )
+    pipe.sampling_settings = replace(
+        pipe.sampling_settings,
+        num_inference_steps=combination.steps,
+        guidance_scale=combination.guidance,
+        guidance_interval=combination.interval,
+        autoguidance_scale=autoguidance,
     )
 
 

@@ -37,6 +37,7 @@ from cli.settings import (
 )
 from evaluation.networks.defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
 from evaluation.report import add_overlap_argument, add_wait_argument, config_parser
+from volumes.data.config_parser import ConfigParser
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
@@ -55,6 +56,31 @@ def parse(args: Sequence[str] | None) -> Namespace:
         default="test",
         help="split of the masks; use validation to choose settings",
     )
+    add_combinations(parser)
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the first volume (0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--segmenter", type=str, help="file of the segmenter, trained if it does not exist; default: beside the report"
+    )
+    parser.add_argument(
+        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="training steps of the segmenter"
+    )
+    parser.add_argument(
+        "--shape",
+        type=Number(PositiveInt),
+        nargs=3,
+        default=list(SHAPE),
+        help="input size of the segmenter in voxels; multiples of 8",
+    )
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator, if any")
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    parsed.shape = tuple(parsed.shape)
+    return parsed
+
+
+def add_combinations(parser: ConfigParser) -> None:
+    """Add the options that name what is compared: schedulers, steps and guidance."""
     parser.add_argument(
         "--schedulers",
         nargs="*",
@@ -92,26 +118,6 @@ def parse(args: Sequence[str] | None) -> Namespace:
         help="scales of the guidance by the pipeline's weaker U-Net; 0 to 1 means none (1)",
     )
     parser.add_argument("--unet_weak", type=str, help="folder of the weaker U-Net; default: the pipeline's own")
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the first volume (0)")
-    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
-    parser.add_argument(
-        "--segmenter", type=str, help="file of the segmenter, trained if it does not exist; default: beside the report"
-    )
-    parser.add_argument(
-        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="training steps of the segmenter"
-    )
-    parser.add_argument(
-        "--shape",
-        type=Number(PositiveInt),
-        nargs=3,
-        default=list(SHAPE),
-        help="input size of the segmenter in voxels; multiples of 8",
-    )
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator, if any")
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    parsed.shape = tuple(parsed.shape)
-    return parsed
 
 
 def interval(text: Any) -> tuple[float, float]:
@@ -209,6 +215,9 @@ def score_missing(options: Namespace) -> SamplerReport:
     }
     if pipe.unet_weak is not None:
         settings["unet_weak"] = pipe.unet_weak_hash
+    without = SamplingConfig().filled(pipe.sampling_settings).without
+    if without is not None:
+        settings["guidance_without"] = without
     if options.split != "test":
         settings["split"] = options.split
     report = earlier_report(Path(options.output), settings)
@@ -294,13 +303,15 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for name in options.schedulers:
         for steps in options.steps:
             set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
+    own = SamplingConfig().filled(pipe.sampling_settings)
+    without = own.without is not None  # the same in all combinations
     every = [
-        Combination(*one)
+        Combination(*one, without)
         for one in product(options.schedulers, options.steps, scales, options.guidance_intervals, weak)
     ]
-    own = SamplingConfig().filled(pipe.sampling_settings)
     scale: Any = guidance_in_effect(own.guidance_scale)
-    of_pipeline = Combination(OWN, own.steps, scale, own.interval, autoguidance_in_effect(own.autoguidance_scale))
+    weaker = autoguidance_in_effect(own.autoguidance_scale)
+    of_pipeline = Combination(OWN, own.steps, scale, own.interval, weaker, without)
     return list(dict.fromkeys([of_pipeline, *every]))
 
 
@@ -309,7 +320,9 @@ def earlier_report(path: Path, settings: Settings) -> SamplerReport:
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
     report = read_report(path)
-    if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
+    known: Any = settings
+    keys = {*settings, "guidance_without"}  # which a pipeline may have had, and not now
+    if different := sorted(key for key in keys if report["settings"].get(key) != known.get(key)):
         raise ValueError(f"{path}: was measured with another {', another '.join(different)}; choose another --output")
     return report
 

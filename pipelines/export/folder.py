@@ -16,10 +16,11 @@ import numpy as np
 
 from files.atomic import atomic_folder, refuse_link, remove_leftovers
 from files.documents import read_object
-from pipelines.inputs.masks import describe_mask, model_values
+from pipelines.inputs.masks import describe_mask, model_values, source_name
+from pipelines.inputs.request import VolumeRequest
 from pipelines.storage.finished import FinishedVolume
 from pipelines.storage.provenance import FILES, sidecar_content, software
-from volumes import PADDING, Volume, write_volume
+from volumes import PADDING, UNKNOWN, Volume, write_volume
 from volumes.description import DataDescription
 from volumes.foreground import box_from_json
 
@@ -117,20 +118,36 @@ def mask_of(volume: FinishedVolume, data: DataDescription) -> Volume:
     """Read the mask that a volume was generated from, in the label values of the model; 0 outside the field of view,
     and outside the box in which the volume was generated (`data.crop`): it shows nothing there, unless it is an edit.
 
-    Raises: ValueError if the mask changed since.
+    Raises: ValueError if the mask changed since, or has voxels whose label is unknown.
     """
     mask, recorded = volume.request.mask, volume.record.mask
     assert mask is not None and recorded is not None
     if describe_mask(mask)["sha256"] != recorded["sha256"]:
         raise ValueError(f"{mask}: changed after {volume.path} was generated from it; restore it, or generate again")
-    affine = np.array(data.affine, dtype=np.float64)
-    values = model_values(mask, data.labels, volume.request.label_map, affine, data.reading)
+    values = whole_mask(volume.request, data)
     outside = (values.array == PADDING) & (PADDING not in data.labels)
     values = values.replace(np.where(outside, np.int16(0), values.array))
     if volume.record.box is None or volume.record.edit is not None:
         return values
     box = box_from_json(volume.record.box)
     return values.replace(box.undo(box.apply(values.array, 0), 0))
+
+
+def whole_mask(request: VolumeRequest, data: DataDescription) -> Volume:
+    """Read the mask of a request, in the label values of the model, PADDING outside the field of view.
+
+    Raises: ValueError if the label of some voxels is unknown: the volume shows structures there, and the label map of
+    an exported pair would lack them.
+    """
+    assert request.mask is not None
+    affine = np.array(data.affine, dtype=np.float64)
+    values = model_values(request.mask, data.labels, request.label_map, affine, data.reading)
+    if UNKNOWN not in data.labels and (count := int((values.array == UNKNOWN).sum())):
+        raise ValueError(
+            f"--export: {source_name(request.mask)}: the label of {count} voxels is unknown ({UNKNOWN}), and an "
+            "exported label map says the label of each voxel; leave out this mask, or --export"
+        )
+    return values
 
 
 def sidecar_of(volume: FinishedVolume) -> tuple[dict[str, Any], list[str]]:

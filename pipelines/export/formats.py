@@ -9,7 +9,7 @@ from pipelines.storage.finished import FinishedVolume
 from volumes.description import DataDescription
 
 from . import bids, nnunet
-from .folder import check_folder
+from .folder import check_folder, whole_mask
 
 FORMATS = ("nnunet", "bids")
 
@@ -20,14 +20,17 @@ def check_exports(
     data: DataDescription,
     requests: Sequence[VolumeRequest],
     count: int,
+    *,
+    partial: bool = False,
 ) -> None:
     """Check, before anything is generated, that volumes of these requests can be exported.
 
     Args:
         exports: (format, folder) of each.
         output: the folder of the volumes.
-    Raises: ValueError for unknown formats, folders that hold something else or lie in one another, and volumes that the
-    format cannot hold.
+        partial: whether the model takes masks with voxels of an unknown label; all masks are then read.
+    Raises: ValueError for unknown formats, folders that hold something else or lie in one another, volumes that the
+    format cannot hold, and masks with voxels of an unknown label.
     """
     for number, (kind, folder) in enumerate(exports):
         if kind not in FORMATS:
@@ -44,6 +47,9 @@ def check_exports(
         else:
             bids.subjects(names)
         check_folder(folder, names, kind)
+    for request in requests if exports and partial else ():
+        if request.mask is not None:
+            whole_mask(request, data)
 
 
 def _check_place(kind: str, folder: Path, others: Sequence[Path]) -> None:

@@ -3,7 +3,7 @@ the U-Net's tensors."""
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,6 +109,11 @@ def condition_tensors(
     return Conditions(**tensors)
 
 
+def has_labels(mask: np.ndarray | None, labels: Iterable[int]) -> bool:
+    """Return whether a mask of label indices (None for no mask) has one of these."""
+    return mask is not None and bool(np.isin(mask, list(labels)).any())
+
+
 def without_labels(
     unet: LatentUNet3D,
     volumes: Sequence[PreparedVolume],
@@ -119,7 +124,7 @@ def without_labels(
     """Return the conditions of a batch with the masks' labels `replaced` {index: index in its place}; None if none of
     the masks has them."""
     masks = [volume.grid.labels for volume in volumes if volume.grid.labels is not None]
-    if not any(np.isin(mask, list(replaced)).any() for mask in masks):
+    if not any(has_labels(mask, replaced) for mask in masks):
         return None
     others = []
     for mask in masks:

@@ -15,6 +15,7 @@ import torch
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
+from diffusion import LatentUNet3D
 from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
 from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, volume_parts
@@ -237,35 +238,81 @@ def source_name(mask: MaskLike) -> str:
     return str((carries_geometry(mask) and source_file(mask)) or "the mask")
 
 
-def replaced_labels(labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
-    """Translate `guidance_without` {label: label in its place}, by value or name, to label indices.
+def replaced_labels(unet: LatentUNet3D, labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
+    """Translate `guidance_without` to label indices as `replacement_indices` does, for a model.
 
-    Raises: ValueError for a label that the model does not know, and for one in its own place.
+    Args:
+        labels: of the data that `unet` was trained on.
+    Raises: ValueError for a model without masks, for the unknown label if the model takes whole masks only, and as
+    `replacement_indices`.
     """
-    values: dict[str | int, int] = {"unknown": UNKNOWN} | {str(value): value for value in labels}
-    values |= {name: value for value, name in labels.items()} | {value: value for value in labels}
-    lacking = [one for pair in replaced.items() for one in pair if one not in values]
-    if unknown := lacking + [one for one in replaced if values.get(one) == UNKNOWN]:
-        listing = ", ".join(f"{value} ({name})" for value, name in labels.items()) or "none"
-        raise ValueError(f"guidance_without names {unknown}; the labels of this model are {listing}")
-    if same := [one for one, other in replaced.items() if values[one] == values[other]]:
-        raise ValueError(f"guidance_without puts {same} in its own place; name the label that is around it")
-    order = {value: index for index, value in enumerate(sorted(labels))} | {UNKNOWN: UNKNOWN}
-    return {order[values[one]]: order[values[other]] for one, other in replaced.items()}
+    if replaced and not unet.config["num_labels"]:
+        raise ValueError("guidance_without: this model was trained without a mask condition; leave it out")
+    indices = replacement_indices(labels, replaced)
+    if UNKNOWN in indices.values() and not unet.takes_partial_masks:
+        raise ValueError("guidance_without: this model knows no unknown label; name the label around it instead")
+    return indices
+
+
+def replacement_indices(labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
+    """Translate `guidance_without` {label: label in its place}, by value or name, to label indices; UNKNOWN, or
+    "unknown", may be in the place of a label.
+
+    Raises: ValueError for a label that the model does not know, for one in its own place, for one that is named twice,
+    and for a name of several.
+    """
+    what, found = "guidance_without", _meanings(labels)
+    for key in [key for key in found if isinstance(key, int)]:  # records and files hold values as text
+        found[str(key)] = found.get(str(key), set()) | found[key]
+    listing = ", ".join(f"{value} ({name})" for value, name in labels.items()) or "none"
+    if lacking := [one for pair in replaced.items() for one in pair if one not in found]:
+        raise ValueError(f"{what} names {lacking}; the labels of this model are {listing}")
+    pairs = [(_only(one, found, what), _only(other, found, what)) for one, other in replaced.items()]
+    index = {value: rank for rank, value in enumerate(sorted(labels))}
+    if any(one not in index for one, _ in pairs):
+        raise ValueError(f"{what} replaces a label of the model, not what is unknown; its labels are {listing}")
+    if same := [name for name, (one, other) in zip(replaced, pairs, strict=True) if one == other]:
+        raise ValueError(f"{what} puts {same} in its own place; name the label that is around it")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{what} {dict(replaced)} names a label twice, by value and by name; remove one")
+    return {index[one]: index.get(other, UNKNOWN) for one, other in pairs}
 
 
 def known_labels(labels: Mapping[int, str], label_map: LabelMap | None) -> dict[int | str, int]:
     """Replace the model's names in `label_map` by values. Raises: ValueError for a target that the model does not
-    know.
+    know, and for a name of several labels.
     """
-    label_map = label_map or {}
-    values = {"unknown": UNKNOWN, UNKNOWN: UNKNOWN}
-    values |= {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
-    unknown = [target for target in label_map.values() if target not in values]
+    label_map, found = label_map or {}, _meanings(labels)
+    unknown = [target for target in label_map.values() if target not in found]
     if unknown:
         listing = ", ".join(f"{value} ({name})" for value, name in labels.items())
         raise ValueError(f"label_map leads to {unknown}, which the model does not know; it knows {listing}")
-    return {key if isinstance(key, str) else int(key): values[target] for key, target in label_map.items()}
+    return {
+        key if isinstance(key, str) else int(key): _only(target, found, "label_map")
+        for key, target in label_map.items()
+    }
+
+
+def _meanings(labels: Mapping[int, str]) -> dict[int | str, set[int]]:
+    """Return the label values that each value and each name may mean. "unknown" and -2 mean UNKNOWN, unless a label of
+    the model is called so; with a label of the value -2 there is no UNKNOWN.
+    """
+    found: dict[int | str, set[int]] = {}
+    for value, name in labels.items():
+        for key in (int(value), name):
+            found.setdefault(key, set()).add(int(value))
+    if UNKNOWN not in found:
+        found[UNKNOWN] = {UNKNOWN}
+        found.setdefault("unknown", {UNKNOWN})
+    return found
+
+
+def _only(label: int | str, found: Mapping[int | str, set[int]], what: str) -> int:
+    """Return the value that a label means. Raises: ValueError if several labels have the name."""
+    if len(found[label]) > 1:
+        values = ", ".join(map(str, sorted(found[label])))
+        raise ValueError(f"{what}: {label!r} may mean any of the labels {values}; name the one by its value")
+    return next(iter(found[label]))
 
 
 def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:

@@ -230,12 +230,19 @@ def edit_columns(record: GenerationRecord) -> dict[str, object]:
 
 
 def guidance_columns(record: GenerationRecord) -> dict[str, object]:
-    """The columns of a guidance interval and of autoguidance, where a volume has them: "0.2 0.8", 1.5."""
-    interval, scale = record.guidance_interval, record.autoguidance_scale
+    """The columns of guidance, where a volume has it: its interval ("0.2 0.8"), autoguidance with the hash of its
+    weaker U-Net, and the labels that volumes are guided away from ("lesion=organ", with semicolons between) with their
+    scale."""
     columns: dict[str, object] = {}
-    if interval is not None:
-        columns["guidance_interval"] = " ".join(f"{end:g}" for end in interval)
-    return columns if scale is None else {**columns, "autoguidance_scale": scale}
+    if record.guidance_interval is not None:
+        columns["guidance_interval"] = " ".join(f"{end:g}" for end in record.guidance_interval)
+    if record.autoguidance_scale is not None:
+        columns |= {"autoguidance_scale": record.autoguidance_scale, "unet_weak": record.unet_weak}
+    if record.guidance_without is not None:
+        labels = record.guidance_without["labels"].items()
+        columns["guidance_without"] = ";".join(f"{label}={other}" for label, other in labels)
+        columns["without_scale"] = record.guidance_without["scale"]
+    return columns
 
 
 def write_manifest(

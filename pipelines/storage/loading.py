@@ -200,7 +200,7 @@ SAME_IN_WEAK = (  # entries of a U-Net's config
 
 def check_weak(unet: LatentUNet3D, weak: LatentUNet3D) -> None:
     """Raise ValueError if a weaker U-Net cannot guide the pipeline's: both must predict the same objective, from the
-    same latents, under the same conditions. Sizes may differ.
+    same latents, under the same conditions, in the same type. Sizes may differ.
     """
     for name in SAME_IN_WEAK:
         ours, theirs = (getattr(one, "_orig_mod", one).config[name] for one in (unet, weak))
@@ -209,6 +209,17 @@ def check_weak(unet: LatentUNet3D, weak: LatentUNet3D) -> None:
                 f"unet_weak has {name} {theirs!r:.80}, the pipeline's U-Net {ours!r:.80}; take one that was trained on "
                 "the same data for the same objective, such as an earlier checkpoint or a smaller U-Net"
             )
+    strong, weaker = (getattr(one, "_orig_mod", one) for one in (unet, weak))
+    if strong.takes_partial_masks and not weaker.takes_partial_masks:
+        raise ValueError(
+            "unet_weak takes whole masks only, the pipeline's U-Net partial ones (model.partial_masks); take one that "
+            "was trained on partial masks too"
+        )
+    if strong.dtype != weaker.dtype:
+        raise ValueError(
+            f"unet_weak is {weaker.dtype}, the pipeline's U-Net {strong.dtype}; cast it first: "
+            f"unet_weak.to({strong.dtype})"
+        )
 
 
 def check_autoguidance(scale: float | None, weak: LatentUNet3D | None) -> None:

@@ -81,7 +81,8 @@ class GenerationRecord:
         guidance_interval: noise levels (lo, hi] in which guidance acts; None for all, or for no guidance.
         autoguidance_scale: in effect; None for none.
         unet_weak: hash of the weaker U-Net of that guidance, as `unet_hash` is; None for none.
-        guidance_without: labels without which the mask was what the volume was guided away from; None for none.
+        guidance_without: labels without which the mask was what the volume was guided away from; None for none, and for
+            a mask that has none of them.
         settings_from: {"num_inference_steps", "guidance_scale", ...}: "call", "pipeline" (its sampling.json) or
             "default".
         network_calls: how often U-Nets were called for the volume; None before it is generated.

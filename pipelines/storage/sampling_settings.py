@@ -62,7 +62,10 @@ def replaced_names(value: Any) -> dict[str, str | int]:
             f"guidance_without maps labels to the labels in their place, by name or value, such as "
             f"{{'lesion': 'organ'}}; got {value!r:.120}"
         )
-    return {str(one): other for one, other in pairs}  # pyright: ignore[reportGeneralTypeIssues]
+    names = {str(one): other for one, other in pairs}  # pyright: ignore[reportGeneralTypeIssues]
+    if len(names) < len(pairs):
+        raise ValueError(f"guidance_without {value!r:.120} names a label twice; remove one")
+    return names
 
 
 def scale_without(value: Any) -> float:

@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from autoencoder.identity import weights_record
+from autoencoder.identity import moves_weights, weights_record
 from autoencoder.weights import (
     HUB,
     LOADING,
@@ -28,6 +28,7 @@ from autoencoder.weights import (
 )
 from diffusion import check_guidance, fit_scheduler
 from diffusion.denoise import set_timesteps
+from diffusion.distillation import check_guidance_of_student
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.inputs.masks import replaced_labels
@@ -179,7 +180,9 @@ class PipelineIOMixin(DiffusionPipeline):
         names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
         check_guidance(settings.guidance_scale, schema.dropout, names)
         check_autoguidance(settings.autoguidance_scale, self.unet_weak)
-        replaced_labels(self.data.labels, settings.guidance_without or {})
+        own = settings.guidance_scale, settings.autoguidance_scale, settings.guidance_without
+        check_guidance_of_student(self.unet, *own)
+        replaced_labels(self.unet, self.data.labels, settings.guidance_without or {})
         if with_steps and settings.num_inference_steps is not None:
             scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
             set_timesteps(scheduler, settings.num_inference_steps, None, torch.device("cpu"))
@@ -187,13 +190,23 @@ class PipelineIOMixin(DiffusionPipeline):
     def load_unet_weak(self, folder: str | PathLike) -> None:
         """Load the weaker U-Net of autoguidance from a folder (a U-Net's, or a pipeline's), in place of the pipeline's
         own; it gets the type and the device of the pipeline's U-Net. `save_pretrained` saves it with the pipeline.
+        After `enable_model_cpu_offload` it is moved like the others.
 
-        Raises: FileError if there is none; ValueError if it does not fit the pipeline's U-Net.
+        Raises: FileError if there is none; ValueError if it does not fit the pipeline's U-Net, and after an offload
+        whose hooks it would not have.
         """
+        offloaded = bool(getattr(self, "_all_hooks", None))  # by enable_model_cpu_offload
+        if not offloaded and moves_weights(self.unet):
+            raise ValueError(
+                "load_unet_weak: the pipeline's U-Net is offloaded, and the weaker one would not be; load it first, "
+                "then call enable_sequential_cpu_offload or enable_group_offload"
+            )
         weak = load_unet(str(folder))
-        check_weak(self.unet, weak)
         weak.to(self.unet.device, self.unet.dtype)
+        check_weak(self.unet, weak)
         self.register_modules(unet_weak=weak)
+        if offloaded:
+            self.maybe_free_model_hooks()  # hooks all components again
 
     sampling_settings: SamplingSettings
     _data: DataDescription

@@ -198,7 +198,10 @@ def test_a_wrong_setting_of_a_file_is_named_with_the_file(text, said, tmp_path):
         ({"test_fraction": 1}, "data.test_fraction: got 1, expected a number, 0 or more and below 1"),
         ({"images": 3}, "data.images: got 3, expected a path"),
         ({"phantom": {"count": 0}}, "data.phantom.count: got 0, expected a whole number, 1 or more"),
-        ({"phantom": "yes"}, "data.phantom: got 'yes' (text), expected settings {count, shape, seed}, or null"),
+        (
+            {"phantom": "yes"},
+            "data.phantom: got 'yes' (text), expected settings {count, shape, seed, lesion_voxels, lesions}, or null",
+        ),
     ],
 )
 def test_a_wrong_setting_below_a_union_is_named(data, said, tmp_path):

@@ -48,6 +48,13 @@ def loss_of(emphasis: torch.Tensor | None) -> tuple[float, torch.Tensor]:
     return loss.item(), unet.seen
 
 
+def test_weights_below_1_keep_the_scale_of_the_loss():
+    """Where all weights are equal, however small, the loss is the plain one; where all are zero it is 0."""
+    plain, _ = loss_of(None)
+    assert abs(loss_of(torch.full((2, 1, 4, 1, 1), 0.01))[0] / plain - 1) < 1e-5
+    assert loss_of(torch.zeros(2, 1, 4, 1, 1))[0] == 0
+
+
 def test_the_loss_is_the_weighted_mean_of_each_volume():
     """Of noise that is predicted as zero: by hand, without the padding; the network sees the same latents."""
     emphasis = torch.tensor([1.0, 100.0, 1.0, 7.0]).view(1, 1, 4, 1, 1).repeat(2, 1, 1, 1, 1)

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusion import OBJECTIVES, Conditions, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.objectives import noisy_and_target, sample_timesteps
 
-FLOW, V, EPS = OBJECTIVES
+FLOW, V, EPS, _ = OBJECTIVES
 
 
 def test_rectified_flow_is_a_straight_line():

@@ -22,7 +22,7 @@ from diffusion.denoise import set_timesteps
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from pipelines import MedVolumePipeline
 
-FLOW, V, EPS = OBJECTIVES
+FLOW, V, EPS, _ = OBJECTIVES
 FAMILIES = [(name, FLOW) for name in FLOW_SCHEDULERS]
 FAMILIES += [(name, objective) for name in DIFFUSION_SCHEDULERS for objective in (V, EPS)]
 SHAPE = (1, 4, 4, 4, 4)

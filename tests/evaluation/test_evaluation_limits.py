@@ -2,6 +2,8 @@
 rest."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -29,6 +31,16 @@ def cases(train: int, test: int, **metadata) -> list[Case]:
 
 
 CONFIG = DataConfig(root="nowhere", images="{name}.nii.gz", classes={"sex": ["F", "M"]})
+
+
+def test_masks_known_in_part_are_named_before_any_work():
+    """As segmenters would refuse them, after hours of generation."""
+    names = {"masks": "m/{name}.nii.gz", "label_names": {0: "background", 1: "organ"}, "label_map": {255: -2}}
+    listed = [replace(case, mask=Path("m.nii.gz")) for case in cases(10, 4)]
+    for on_error in ("raise", "skip"):
+        config = DataConfig(images="i/{name}.nii.gz", on_error=on_error, **names)
+        found = problems("dice", Data(listed, config), {})
+        assert ("unknown where masks hold 255 (-2)" in "".join(found)) == (on_error == "raise") == bool(found)
 
 
 @pytest.mark.parametrize(

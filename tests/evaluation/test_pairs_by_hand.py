@@ -1,6 +1,8 @@
 """What the segmenter learns from, what is hidden from it, and the measure of an edit's border: answers known by
 hand."""
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,7 +17,17 @@ from evaluation.data.volume_sets import real_set
 from evaluation.networks import pretraining
 from evaluation.studies.edit_borders import border_jump, labeled_region, summarize_region
 from pipelines import describe_mask
-from volumes import Case, DataConfig, Volume, VolumeError, write_volume
+from volumes import (
+    UNKNOWN,
+    Case,
+    DataConfig,
+    PhantomConfig,
+    Volume,
+    VolumeDataset,
+    VolumeError,
+    load_cases,
+    write_volume,
+)
 
 SHAPE = (4, 4, 4)
 TWO = {"t1": "{volume}_t1.nii.gz", "post_t1": "{volume}_post_t1.nii.gz"}
@@ -52,6 +64,34 @@ def test_each_channel_is_scaled_by_itself(tmp_path):
     images = load_pairs([Pair(case_with_mask(tmp_path), made)], config(images=TWO), SHAPE).images[0]
     assert images.amin((1, 2, 3)).tolist() == [0, 0] and images.amax((1, 2, 3)).tolist() == [1, 1]
     torch.testing.assert_close(images[0], images[1])
+
+
+def test_phantoms_are_those_of_the_training():
+    """With their small lesions."""
+    phantom = PhantomConfig(count=1, shape=(24, 24, 24), lesion_voxels=(2, 6), lesions=2)
+    config = DataConfig(phantom=phantom, validation_fraction=0)
+    cases = load_cases(config)
+    loaded, [trained] = load_pairs([Pair(cases[0])], config, (24, 24, 24)), VolumeDataset(cases, config)
+    assert torch.equal(loaded.labels[0], trained["mask"].to(torch.uint8))
+    assert 4 <= int((loaded.labels == 3).sum()) <= 12
+
+
+def test_masks_that_are_known_in_part_are_refused_by_name(tmp_path):
+    """Also on the image's grid; with on_error: skip their cases are left out."""
+    whole = case_with_mask(tmp_path, image=stored(ramp(1), tmp_path / "images" / "case.nii.gz"))
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2, 1, :3] = 255
+    part = replace(whole, name="part", mask=stored(mask, tmp_path / "masks" / "part.nii.gz"))
+    listed, known = [Pair(part), Pair(whole)], {"images": "images/{case}.nii.gz", "masks": "masks/{case}.nii.gz"}
+    for resample_to in (None, "image"):
+        data = config(label_map={255: UNKNOWN}, resample_to=resample_to, **known)
+        with pytest.raises(
+            VolumeError, match=r"part.nii.gz: the label of 3 voxels is unknown \(-2.*--data.on_error skip"
+        ):
+            load_pairs(listed, data, SHAPE)
+        loaded = load_pairs(listed, replace(data, on_error="skip"), SHAPE)
+        assert loaded.cases == [whole] and [name for name, _ in loaded.skipped] == ["part"]
+        assert torch.equal(load_pairs(listed[1:], data, SHAPE).labels, loaded.labels)
 
 
 def test_volumes_are_found_by_the_name_of_their_case(tmp_path):

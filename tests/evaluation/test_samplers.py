@@ -2,8 +2,10 @@
 resumes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from evaluation.studies.sampler_figures import (
     make_named,
     sample,
 )
-from evaluation.studies.sampler_report import apply_choice, choose, markdown
+from evaluation.studies.sampler_report import apply_choice, choose, combination_of, markdown, named
 from pipelines import MedVolumePipeline, SamplingSettings
 from volumes import Case, DataConfig, Volume, VolumeDataset, load_cases, write_volume
 from volumes.data.cases import SPLITS
@@ -240,7 +242,9 @@ def test_a_chosen_interval_and_autoguidance_are_written(tmp_path):
     with pytest.raises(ValueError, match="chose autoguidance 1.5, and the pipeline has no weaker U-Net"):
         apply_choice(pipe, path, ["m"])
     pipe.register_modules(unet_weak=pipe.unet)
-    apply_choice(pipe, path, ["m"])
+    with pytest.raises(ValueError, match="chose autoguidance 1.5 by another weaker U-Net than the pipeline's"):
+        apply_choice(pipe, path, ["m"])
+    apply_choice(pipe, write_choice(path, [entry], model="m", unet_weak=pipe.unet_weak_hash), ["m"])
     assert pipe.sampling_settings == SamplingSettings(6, 2.0, (0.2, 0.8), 1.5)
     assert choose([entry]) == {
         **{"scheduler": "euler", "steps": 6, "guidance": 2.0},
@@ -249,6 +253,32 @@ def test_a_chosen_interval_and_autoguidance_are_written(tmp_path):
     said = markdown({"evaluation": "samplers", "settings": {}, "combinations": [entry], "chosen": choose([entry])})
     assert "| euler | 6 | 2 in (0.2, 0.8], weak 1.5 | 12 |" in said
     assert said.splitlines()[-1].startswith("Chosen: euler in 6 steps, guidance 2 in (0.2, 0.8], weak 1.5: the fewest")
+
+
+def test_guidance_without_is_a_setting_of_the_report_and_stays(tmp_path):
+    """It acts in all combinations, also without other guidance, so that an interval counts there."""
+    pipe, path = tiny_pipeline(), tmp_path / "samplers.json"
+    more = {"guidance_intervals": [(0.2, 0.8)], "autoguidance": [1.0]}
+    options: Any = SimpleNamespace(steps=[4], masks=1, batch_size=1, guidance=[1.0], schedulers=["euler"], **more)
+    own = SamplingSettings(7, None, (0.3, 1.0), guidance_without={"posterior": "anterior"}, without_scale=3.0)
+    pipe.sampling_settings = own
+    every = samplers.combinations(pipe, options)
+    assert every == [
+        Combination("own", 7, 1.0, (0.3, 1.0), 1.0, True),
+        Combination("euler", 4, 1.0, (0.2, 0.8), 1.0, True),
+    ]
+    assert every[1].guidance_in_words == "1 in (0.2, 0.8], without labels"
+    assert combination_of(named(every[1])) == every[1]
+    entry = entry_of("euler", 12, *GOOD, steps=4) | {"guidance_interval": [0.2, 0.8], "without": True}
+    with pytest.raises(ValueError, match="was measured with guidance_without None, the pipeline's sampling.json has"):
+        apply_choice(pipe, write_choice(path, [entry], model="m"), ["m"])
+    without: Any = {"labels": {"posterior": "anterior"}, "scale": 3.0}
+    apply_choice(pipe, write_choice(path, [entry], model="m", guidance_without=without), ["m"])
+    assert pipe.sampling_settings == replace(
+        own, num_inference_steps=4, guidance_scale=1.0, guidance_interval=(0.2, 0.8)
+    )
+    with pytest.raises(ValueError, match="was measured with another guidance_without"):
+        samplers.earlier_report(path, {"model": "m"})
 
 
 def test_the_command_resumes_and_refuses_other_settings(data, tmp_path):

@@ -1,5 +1,6 @@
 """The limit of the cache: sizes, what is removed first, and what is kept."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from files import cache, room
+from files import cache, remote, room
+from files.atomic import atomic_file
 from files.cache import OF_URL, cache_limit, cache_root, contents, make_folder, parse_size, pinned_bytes, touch
 from files.remote import copy_here
 from files.room import room_for
@@ -82,6 +84,52 @@ def test_what_never_fits_removes_nothing(limited):
     path = entry("a", 900, 1e9)
     with room_for(1001) as fits:
         assert not fits and path.exists()
+
+
+def test_nothing_is_removed_if_that_makes_too_little_room(limited):
+    """Beside what is promised; and beside copies that a job uses, or whose links do."""
+    import fsspec
+
+    path = entry("a", 300, 1e9)
+    with room_for(600, anyway=True):
+        (limited / "room/total").unlink()
+        with room_for(500) as fits:
+            assert not fits and path.exists()
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/set/a.nii", bytes(100))
+    memory.pipe("/bucket/set/b.nii", bytes(500))
+    both, one = (copy_here("memory://bucket/set", lambda path, name=name: path >= name) for name in ("a", "b"))
+    cache._pinned.pop(both).close()
+    room._refused.clear()
+    with room_for(550) as fits:
+        assert not fits and path.exists() and both.exists()
+    cache._pinned.pop(one).close()
+    room._refused.clear()
+    with cache.copying(), room_for(550) as fits:
+        assert not fits and path.exists() and both.exists() and one.exists()
+    room._refused.clear()
+    with room_for(1000) as fits:
+        assert fits and contents(limited)[0] == 0
+
+
+def test_what_is_written_without_room_does_not_pile_up(limited):
+    """Beside what cannot be removed; and what is within the limit stays."""
+    paths = [entry("d", 40, 1e8)]
+    with room_for(950, anyway=True):
+        for number, letter in enumerate("abc"):
+            with room_for(100, anyway=True) as fits:
+                assert not fits
+                paths.append(entry(letter, 100, 1e9 + number))
+                (limited / "room/total").unlink()
+            assert [path.exists() for path in paths] == [not number] + [False] * number + [True]
+
+
+def test_the_low_water_is_of_what_may_be_removed(limited):
+    paths = [entry(letter, 10, 1e9) for letter in "abcd"]
+    with room_for(950, anyway=True):
+        (limited / "room/total").unlink()
+        with room_for(20) as fits:
+            assert fits and sum(path.exists() for path in paths) == 3
 
 
 def test_a_touch_is_a_use_and_no_change(limited, monkeypatch):
@@ -190,7 +238,7 @@ def test_bytes_that_are_still_written_count(limited):
     def ask(nbytes: int) -> None:
         (limited / "room/total").unlink()  # so that the folders are looked at
         with room_for(nbytes) as fits:
-            answers.append(fits)
+            answers.append(bool(fits))
 
     with room_for(600, anyway=True):
         for nbytes in (500, 400):
@@ -213,6 +261,61 @@ def test_promises_of_killed_processes_are_void(limited):
     (limited / "room/900-killed").touch()
     with room_for(950) as fits:
         assert fits and not (limited / "room/900-killed").exists()
+
+
+def test_copies_that_have_arrived_count_once(limited, monkeypatch):
+    """Another job looks for room while the second file is fetched."""
+    import fsspec
+
+    path, answers, original = entry("a", 300, 1e9), [], remote.download
+    for name in "xy":
+        fsspec.filesystem("memory").pipe(f"/bucket/set/{name}.nii", bytes(300))
+
+    def download(url: str, name: str, *args) -> str:
+        if name == "y.nii":
+            (limited / "room/total").unlink()
+            with room_for(50) as fits:
+                answers.append((bool(fits), path.exists(), [one.name.split("-")[0] for one in promises()]))
+        return original(url, name, *args)
+
+    def promises() -> list[Path]:
+        return [one for one in (limited / "room").glob("*-*") if not one.name.startswith("50-")]
+
+    monkeypatch.setattr(remote, "download", download)
+    monkeypatch.setattr(remote, "CONNECTIONS", 1)
+    copy_here("memory://bucket/set", lambda path: True)
+    assert answers == [(True, True, ["300"])] and not promises()
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_promise_that_is_a_day_old(limited, monkeypatch, locks):
+    """It counts as long as its process holds it, and is void where nobody can tell."""
+
+    def cannot(*args) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", cannot)
+    with room_for(900, anyway=True):
+        (promise,) = (limited / "room").glob("900-*")
+        os.utime(promise, (1e9, 1e9))
+        (limited / "room/total").unlink()
+        with room_for(200) as fits:
+            assert bool(fits) != locks and promise.exists() == locks
+
+
+@pytest.mark.parametrize("folder", ["files", "prepared", "generated", "s3/bucket/latents"])
+def test_what_killed_processes_left_unfinished_is_removed(limited, folder):
+    make_folder(limited / folder)
+    (limited / folder / OF_URL).touch()
+    left = limited / folder / ".unfinished-left"
+    for part in ("lock", "new/0"):
+        (left / part).parent.mkdir(exist_ok=True, parents=True)
+        (left / part).write_bytes(bytes(500))
+    with atomic_file(limited / folder / "living") as living:
+        living.touch()
+        with room_for(10) as fits:
+            assert fits and not left.exists() and living.exists()
 
 
 def test_what_did_not_fit_is_not_looked_for_again_at_once(limited, monkeypatch):
@@ -238,7 +341,7 @@ def test_generated_volumes_are_removed_before_all_others(limited):
     with room_for(200) as fits:
         assert fits and [path.exists() for path in (real, older, newer, *facts)] == [True, False, True] * 2
     with room_for(800, generated=True) as fits:
-        assert not fits and real.exists() and not newer.exists()
+        assert not fits and real.exists() and newer.exists()
     with room_for(700, generated=True) as fits:
         assert fits and real.exists()
 
@@ -269,6 +372,20 @@ def test_pinned_copies_are_counted(copies):
     assert pinned_bytes(contents(copies)[1]) == 100
 
 
+def test_copies_in_a_cache_that_is_read_only_count_as_pinned(copies, monkeypatch):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/set/a.nii", bytes(200))
+    view = copy_here("memory://bucket/set", lambda path: True)
+    cache._pinned.pop(view).close()
+
+    def refused(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cache, "_open", refused)
+    assert pinned_bytes(contents(copies)[1]) == 200
+
+
 def rights(folder: Path) -> set[tuple[str, int]]:
     every = [folder, *folder.rglob("*")]
     return {("folder" if path.is_dir() else "file", path.stat().st_mode & 0o7777) for path in every}
@@ -291,7 +408,11 @@ def test_only_the_user_or_a_group_that_shares_it_reads(copies, shared):
 
 
 def test_a_folder_that_is_there_keeps_its_rights(copies):
-    """One that all may read does not make the files readable."""
-    copies.mkdir(mode=0o755)
-    make_folder(copies / "prepared")
-    assert [path.stat().st_mode & 0o7777 for path in (copies, copies / "prepared")] == [0o755, 0o700]
+    """One that all may read does not make the files readable; nor does one of umask 002, which a group may write to."""
+    for mode in (0o755, 0o775):
+        copies.mkdir()
+        copies.chmod(mode)
+        make_folder(copies / "prepared")
+        assert [path.stat().st_mode & 0o7777 for path in (copies, copies / "prepared")] == [mode, 0o700]
+        assert cache.file_mode() == 0o600
+        shutil.rmtree(copies)

@@ -6,13 +6,16 @@ import json
 import nibabel as nib
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import editor_of, labels_of, mask_image, seeded, tiny_pipeline
 
 import edit
 import generate
 from diffusion import LatentUNet3D
 from files.documents import FileError
-from pipelines import MedVolumeEditPipeline, MedVolumePipeline, SamplingSettings
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline, SamplingConfig, SamplingSettings, VolumeRequest
+from pipelines.batch_generation import load_pipeline
+from pipelines.storage.loading import check_weak
 
 LABELS = labels_of((8, 8, 8))
 DROPPED = {"mask": 0.1}
@@ -83,7 +86,8 @@ def test_records_name_guidance_its_interval_and_the_calls(pipe):
     assert record["unet_weak"] == pipe.unet_weak_hash
     assert record["network_calls"] == 6 * 3 + 4  # of ten steps, those at 0.8 to 0.3 are guided
     assert record["settings_from"] == dict.fromkeys((*settings, "guidance_interval"), "call")
-    unguided = sampled(pipe, num_inference_steps=3, guidance_interval=(0.2, 0.8)).provenance[0]
+    with pytest.warns(UserWarning, match="guidance_interval acts on guidance, and there is none"):
+        unguided = sampled(pipe, num_inference_steps=3, guidance_interval=(0.2, 0.8)).provenance[0]
     assert "guidance_interval" not in unguided and unguided["network_calls"] == 3
 
 
@@ -170,6 +174,47 @@ def test_a_unet_of_another_kind_is_refused(tmp_path, changes, said):
         pipe.load_unet_weak(tmp_path / "vae")
 
 
+def test_the_weaker_unet_has_the_type_and_takes_the_masks(pipe):
+    with pytest.raises(ValueError, match=r"unet_weak is torch.float16, the pipeline's U-Net torch.float32; cast it"):
+        MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.data, weaker().half())
+    with pytest.raises(ValueError, match="unet_weak takes whole masks only, the pipeline's U-Net partial ones"):
+        check_weak(weaker(partial_masks=0.1), weaker())
+    for ours in (0.1, None):
+        check_weak(weaker(partial_masks=ours), weaker(partial_masks=0.3))  # how often is no matter
+
+
+def test_volumes_are_prepared_for_one_weaker_unet(pipe):
+    sampling = SamplingConfig(1, autoguidance_scale=2.0)
+    prepared = pipe.prepare([VolumeRequest(LABELS)], sampling)
+    pipe.register_modules(unet_weak=weaker(seed=6))
+    with pytest.raises(ValueError, match="prepared for another weaker U-Net"):
+        pipe.generate(prepared, sampling, seeded(0))
+    pipe.register_modules(unet_weak=None)
+    with pytest.raises(ValueError, match="the pipeline has no weaker U-Net"):
+        pipe.generate(prepared, sampling, seeded(0))
+
+
+def test_a_weaker_unet_of_an_offloaded_pipeline_is_offloaded(pipe, tmp_path):
+    pipe.unet_weak.save_pretrained(tmp_path)
+    other = tiny_pipeline(condition_dropout=DROPPED)
+    other.enable_model_cpu_offload(device="cpu")
+    other.load_unet_weak(tmp_path)
+    assert hasattr(other.unet_weak, "_hf_hook")
+    assert torch.equal(latents(other, autoguidance_scale=2.0), latents(pipe, autoguidance_scale=2.0))
+    other = tiny_pipeline(condition_dropout=DROPPED)
+    cpu_offload(other.unet, torch.device("cpu"))
+    with pytest.raises(ValueError, match="load_unet_weak: the pipeline's U-Net is offloaded"):
+        other.load_unet_weak(tmp_path)
+
+
+def test_a_weaker_unet_that_guides_nothing_is_named(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.unet_weak.save_pretrained(tmp_path / "weak")
+    words = ["--pipeline", tmp_path / "pipe", "--output", tmp_path / "out", "--unet_weak", tmp_path / "weak"]
+    with pytest.warns(UserWarning, match="--unet_weak .*autoguidance_scale is 1, so it guides nothing"):
+        load_pipeline(generate.parse([str(word) for word in words]), None)
+
+
 def test_settings_that_do_not_fit_are_refused(pipe, tmp_path):
     plain = tiny_pipeline(condition_dropout=DROPPED)
     plain.save_pretrained(tmp_path)
@@ -199,6 +244,7 @@ def test_the_command_guides_by_a_folder(pipe, tmp_path):
     assert written["guidance_interval"] == [0.3, 0.7] and written["autoguidance_scale"] == 1.5
     assert written["unet_weak"] == pipe.unet_weak_hash and written["network_calls"] == 2 * 3 + 3
     [row] = csv.DictReader((tmp_path / "out" / "manifest.csv").open())
+    assert row["unet_weak"] == pipe.unet_weak_hash
     assert (row["guidance_interval"], row["autoguidance_scale"]) == ("0.3 0.7", "1.5")
     generate.main([str(word) for word in words])  # finished
     with pytest.raises(ValueError, match="was generated with another guidance_interval$"):

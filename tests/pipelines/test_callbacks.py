@@ -49,6 +49,17 @@ def test_interrupt_ends_the_steps_and_is_recorded(pipe, tmp_path):
     assert read_sidecar(paths[0])["callback"] == {"interrupted_after": 2}
 
 
+def test_guidance_that_a_callback_begins_keeps_to_the_interval(pipe):
+    """Of levels 1, 0.75, 0.5 and 0.25 two are in (0, 0.5]; the call itself has no guidance."""
+
+    def begin(one, step, timestep, tensors):
+        one._guidance_scale = 3.0
+
+    [record] = generate(pipe, guidance_interval=(0, 0.5), callback_on_step_end=begin).provenance
+    assert record["network_calls"] == 4 + 2 and record["guidance_interval"] == [0.0, 0.5]
+    assert record["callback"] == {"guidance_scale": {"0": 3.0}}
+
+
 def test_another_thread_interrupts(pipe):
     begun, seen = threading.Event(), []
 

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +16,11 @@ import generate
 from pipelines import MedVolumePipeline
 from pipelines.export import folder as export_folder
 from pipelines.export.bids import place_of, subjects
+from pipelines.export.folder import mask_of
 from pipelines.export.nnunet import label_values
+from pipelines.inputs.masks import describe_mask
+from pipelines.inputs.request import VolumeRequest
+from pipelines.storage.finished import FinishedVolume, finished_volumes
 from recipes.proposals.machine import Machine
 from recipes.survey import Options, look_over
 from volumes import DataConfig, VolumeDataset, load_cases, read_mask, read_volume
@@ -254,16 +260,33 @@ def test_exports_of_generated_masks_are_checked_first(place, tmp_path):
 
 def test_a_mask_that_changed_is_refused(place, generated, tmp_path):
     """The label map beside a volume is the one that it was generated from."""
-    from pipelines.export.folder import mask_of
-    from pipelines.inputs.request import VolumeRequest
-    from pipelines.storage.finished import FinishedVolume, finished_volumes
-
     mask = tmp_path / "a.nii.gz"
     nib.save(mask_image((8, 8, 8), seed=5), mask)
     path, record = next(finished_volumes(generated))
     data = MedVolumePipeline.from_pretrained(place / "pipeline").data
     with pytest.raises(ValueError, match=r"a.nii.gz: changed after .* was generated from it"):
         mask_of(FinishedVolume(path, record, VolumeRequest(mask)), data)
+
+
+def test_masks_known_in_part_are_refused_before_any_work(tmp_path, monkeypatch):
+    """The volume shows structures where its label map would lack them. Other masks of such a model are exported."""
+    monkeypatch.setattr(MedVolumePipeline, "generate", None)
+    tiny_pipeline(partial_masks=0.2).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "masks").mkdir()
+    array = np.asarray(mask_image((8, 8, 8)).dataobj).copy()
+    array[0, 0, :3] = 255
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "masks" / "part.nii.gz")
+    for kind, folder in (("nnunet", "Dataset501_A"), ("bids", "bids")):
+        words = ["--label_map", "255=unknown", "--export", kind, tmp_path / folder]
+        with pytest.raises(ValueError, match=r"part.nii.gz: the label of 3 voxels is unknown \(-2\).*leave out"):
+            run(tmp_path, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+    data = MedVolumePipeline.from_pretrained(tmp_path / "pipeline").data
+    for target in ("unknown", 5):
+        request = VolumeRequest(tmp_path / "masks" / "part.nii.gz", label_map={255: target})
+        path, record = tmp_path / "part_000.nii.gz", SimpleNamespace(mask=describe_mask(request.mask), box=None)
+        with pytest.raises(ValueError, match="label of 3 voxels") if target == "unknown" else nullcontext():
+            assert set(np.unique(mask_of(FinishedVolume(path, record, request), data).array)) == {0, 2, 5}
 
 
 def test_volumes_without_masks_are_for_bids_alone(tmp_path):

@@ -266,7 +266,7 @@ def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatc
     monkeypatch.setattr(ldm, "training_loss", lambda *a, **k: (seen.append(a[3].image), loss(*a, **k))[1])
     monkeypatch.setattr(ldm, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
     encode, latents = ldm.encode_held_out, []
-    monkeypatch.setattr(ldm, "encode_held_out", lambda *a: (latents.extend(made := encode(*a)), made)[1])
+    monkeypatch.setattr(ldm, "encode_held_out", lambda *a, **k: (latents.extend(made := encode(*a, **k)), made)[1])
     metrics = train(folder, tmp_path)
     # after two steps of warm-up the model predicts next to nothing: it is wrong by noise less latents
     assert metrics["loss"] == pytest.approx(1 + latents[0]["latents"].square().mean().item(), rel=0.1)

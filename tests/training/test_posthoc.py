@@ -102,8 +102,10 @@ def test_a_run_leaves_the_length_that_validates_best(tmp_path):
     loop.run()
     output = tmp_path / "run"
     assert len(list((output / "snapshots").iterdir())) == 12
-    found = json.loads((output / "metrics.json").read_text())["lengths"]
+    written = json.loads((output / "metrics.json").read_text())
+    found = written["lengths"]
     chosen = found.pop("chosen")
+    assert written["error"] == min(found.values())  # of the average that is left
     assert set(found) == {"0.05", "0.1", "0.25"} and found[f"{chosen:g}"] == min(found.values())
     assert loop.validate()["error"] == pytest.approx(min(found.values()))
     expected = loop.snapshots.average_of(chosen)["weight"]
@@ -130,6 +132,47 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(tmp_path):
     files = [sorted((folder / "run" / "snapshots").iterdir()) for folder in (whole, parts)]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(files[0]) == 12
+
+
+POSTHOC = ["--loop.ema_snapshots=6", "--loop.ema_lengths=[0.05, 0.25]", "--loop.previews=0", "--resume=latest"]
+POSTHOC += ["--loop.validate_every=60", "--loop.checkpoint_every=60"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        ("*", r"step_000010_0.05.safetensors, step_000010_0.10.safetensors, .* and 8 more"),
+        ("step_000030_0.10*", "lacks step_000030_0.10.safetensors, which the run stored"),
+    ],
+)
+def test_snapshots_that_are_gone_are_named(gone, named, tmp_path):
+    """Without them every length would be rebuilt from others, and be another average."""
+    loop, _ = line_loop(line_config(tmp_path, *POSTHOC))
+    loop.run()
+    assert loop.state.snapshots == [10, 20, 30, 40, 50, 60]
+    for path in (tmp_path / "run" / "snapshots").glob(gone):
+        path.unlink()
+    again, _ = line_loop(line_config(tmp_path, *POSTHOC, "--loop.export=posthoc"))
+    with pytest.raises(CannotContinue, match=named):
+        again.run()
+
+
+def test_a_longer_run_has_the_snapshots_of_the_shorter_one(tmp_path):
+    """Which were due at other steps than those of a run of its length."""
+    line_loop(line_config(tmp_path, *POSTHOC))[0].run()
+    longer = line_config(tmp_path, *POSTHOC, "--loop.max_steps=90", "--loop.export=posthoc", "--accept_changes=true")
+    loop, _ = line_loop(longer)
+    loop.run()
+    assert loop.state.snapshots == [10, 20, 30, 40, 50, 60, 75, 90]
+
+
+def test_a_metric_that_no_item_has_is_not_a_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(LineStep, "metrics", {"error": False, "error/rare": False})
+    loop, _ = line_loop(line_config(tmp_path, *POSTHOC, "--loop.export=posthoc", "--loop.best_by=error/rare"))
+    with pytest.raises(CannotContinue, match="loop.best_by error/rare: none of the held-out items has it.* error$"):
+        loop.run()
+    with pytest.raises(CannotContinue, match="none of the held-out items has it"):
+        loop._choose_length()
 
 
 def test_what_cannot_be_chosen_is_refused(tmp_path):

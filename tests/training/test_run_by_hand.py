@@ -11,6 +11,7 @@ from line import line_config
 
 from files.atomic import UNFINISHED
 from training.engine import run
+from training.engine.averages.snapshots import SNAPSHOTS
 from training.engine.run import CHECKPOINTS, PREVIEWS, hold_output, make_accelerator, refuse_older_run
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX links")
@@ -45,7 +46,7 @@ def test_an_output_that_holds_a_run_is_for_resuming(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("place", ["pipeline", f"{CHECKPOINTS}/step_1"])
+@pytest.mark.parametrize("place", ["pipeline", f"{CHECKPOINTS}/step_1", f"{SNAPSHOTS}/step_1_0.05.safetensors"])
 def test_no_link_is_written_through(place, tmp_path):
     config = line_config(tmp_path)
     link = tmp_path / "run" / place
@@ -55,7 +56,7 @@ def test_no_link_is_written_through(place, tmp_path):
         pytest.fail("began")
 
 
-@pytest.mark.parametrize("folder", ["", CHECKPOINTS, PREVIEWS])
+@pytest.mark.parametrize("folder", ["", CHECKPOINTS, PREVIEWS, SNAPSHOTS])
 def test_what_killed_runs_left_is_removed(folder, tmp_path):
     left = tmp_path / "run" / folder / f"{UNFINISHED}x"
     left.mkdir(parents=True)

@@ -1,7 +1,10 @@
 """Runs with weights for labels and with masks that are hidden in part: what they train, log, save and refuse."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +16,13 @@ from vae_steps import batch, generators, make_step
 
 import train_ldm
 from autoencoder import SpaceToDepth3D
-from autoencoder.losses.reconstruction import gradient_loss, l1_loss, mse_loss
+from autoencoder.losses.reconstruction import gradient_loss, l1_loss, masked_mean, mse_loss
 from diffusion import Conditions, LatentUNet3D, fold_mask, make_scheduler, unfold_mask
 from training import LdmTrainingStep, OptimizerConfig
 from training.engine.learner import Learner
-from training.label_weights import weights_by_index
+from training.label_weights import check_best_by, check_partial_masks, label_weights, weights_by_index
 from training.ldm import init_unet
-from volumes import UNKNOWN
+from volumes import UNKNOWN, DataConfig
 
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 LABELS = {0: "background", 1: "body", 2: "organ", 3: "lesion"}
@@ -35,6 +38,28 @@ def test_labels_are_found_by_name_and_by_value():
     ):
         with pytest.raises(ValueError, match=message):
             weights_by_index(weights, labels)
+
+
+def test_a_name_of_several_labels_is_refused():
+    """The weights of two labels of one name would be one entry of a log."""
+    labels = {0: "background", 1: "tumor", 2: "tumor"}
+    said = "labels 1, 2 are all called 'tumor'; give each a name of its own in data.label_names"
+    assert weights_by_index({1: 5, 2: 10}, labels) == {1: 5.0, 2: 10.0}
+    with pytest.raises(ValueError, match=said):
+        weights_by_index({"tumor": 5}, labels)
+    network = SimpleNamespace(config={"num_labels": 3})
+    for weights in ({1: 5, 2: 10}, {2: 10}):
+        config = SimpleNamespace(loss_weights=weights, data=SimpleNamespace(channels=["MR"]))
+        with pytest.raises(ValueError, match=said):
+            label_weights(config, labels, network)
+
+
+def test_a_label_of_the_value_of_unknown_is_one_like_others():
+    masks = {"masks": "m/{x}.nii.gz", "label_map": {255: UNKNOWN}}
+    for names, refused in (({UNKNOWN: "air", 0: "body"}, False), ({0: "body"}, True)):
+        config = SimpleNamespace(data=DataConfig(images="i/{x}.nii.gz", label_names=names, **masks), model={})
+        with pytest.raises(ValueError, match="set model.partial_masks") if refused else nullcontext():
+            check_partial_masks(config)
 
 
 def test_a_run_weighs_lesions_and_hides_masks(tmp_path, vae_folder):  # noqa: F811
@@ -62,6 +87,24 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, vae_folder):  # noqa: 
         run(train_ldm, tmp_path / "b", *args, "--loss_weights={lesion: 2}", "--model.num_labels=0")
     with pytest.raises(ValueError, match=r"unknown where masks hold 3 \(-2\); set model.partial_masks"):
         run(train_ldm, tmp_path / "c", *args, "--data.label_map={3: -2}")
+
+
+def test_the_label_to_judge_by_is_in_a_held_out_mask():
+    def held_out(*counts) -> Any:
+        return SimpleNamespace(facts=[SimpleNamespace(mask=SimpleNamespace(counts=one)) for one in counts])
+
+    weights = {"lesion": (2, 100.0)}
+    check_best_by("loss/lesion", weights, held_out((9, 1, 0), (9, 0, 1)))
+    for best_by in (None, "loss", "kernel_distance"):
+        check_best_by(best_by, weights, held_out((9, 1, 0)))
+    with pytest.raises(ValueError, match="loop.best_by loss/lesion: no held-out mask has this label"):
+        check_best_by("loss/lesion", weights, held_out((9, 1, 0), (9, 2, 0)))
+
+
+def test_weights_below_1_keep_the_scale_of_the_losses():
+    made, fov = torch.full((1, 1, 2, 2, 2), 3.0), torch.ones(1, 1, 2, 2, 2, dtype=torch.bool)
+    assert masked_mean(made, fov, torch.full_like(made, 0.01)).item() == pytest.approx(3.0)
+    assert masked_mean(made, fov, torch.zeros_like(made)).item() == 0
 
 
 def step_of(**changes) -> LdmTrainingStep:

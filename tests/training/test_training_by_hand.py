@@ -261,7 +261,8 @@ def test_a_diffusion_step_draws_latents_from_their_posterior(monkeypatch):
     on."""
     step, given, seen = diffusion_step(), latent_batch(), []
 
-    def loss(model, objective, latents, conditions, weight, generators):
+    def loss(model, objective, latents, conditions, weight, generators, emphasis):
+        assert emphasis is None
         seen.append((latents, conditions, weight, [one.get_state() for one in generators]))
         return model(latents, torch.tensor([1.0, 2.0]), **conditions.as_kwargs()).sample.square().mean()
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from volumes import (
     PADDING,
+    UNKNOWN,
     CropDataset,
     DataConfig,
     IntensityScaling,
@@ -97,6 +98,15 @@ def test_negative_labels():
     assert to_indices(labels, [0, 1], {-3: 1, 32767: 0, -32768: 0}).tolist() == [1, 0, 0, 0]
     with pytest.raises(VolumeError, match=r"labels \[-32768, -3\]"):
         to_indices(labels, [0, 32767])
+
+
+def test_a_label_is_unknown_only_where_a_mask_says_so():
+    labels = np.array([0, 255, -2], np.int16)
+    assert to_indices(labels, [0, 1], {255: UNKNOWN}, partial=True).tolist() == [0, UNKNOWN, UNKNOWN]
+    with pytest.raises(VolumeError, match=r"holds \[255\], which label_map calls unknown \(-2\).*map them to a label"):
+        to_indices(labels, [0, 1], {255: UNKNOWN, -2: 0})
+    with pytest.raises(VolumeError, match=r"labels \[-2\] that have no name.*{-2: -2} maps -2 to unknown"):
+        to_indices(labels, [0, 1], {255: 0}, partial=True)
 
 
 def test_without_masks(folder):

@@ -46,6 +46,17 @@ def dataset_of(folder, labels, **changes) -> VolumeDataset:
     return VolumeDataset(load_cases(config), config)
 
 
+def test_no_voxel_of_a_label_map_is_unknown():
+    """Only a mask's may be; a label map with masks of its own may say so of these."""
+    settings = {"images": "i/{x}.nii.gz", "image_labels": LABELS, "label_map": {255: -2}}
+    with pytest.raises(
+        ValueError, match=r"label_map calls \[255\] unknown \(-2\), which is for masks, and image_labels"
+    ):
+        DataConfig(**settings)
+    assert DataConfig(**settings, masks="m/{x}.nii.gz", label_names={0: "background"}).masks
+    assert DataConfig(**{**settings, "image_labels": {-2: "outside", 1: "cortex"}}).label_map == {255: -2}
+
+
 def test_each_label_is_a_channel(tmp_path):
     dataset = dataset_of(tmp_path, planted())
     image = dataset[0]["image"].numpy()

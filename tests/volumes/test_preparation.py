@@ -16,7 +16,7 @@ import torch
 
 from files.cache import cache_root
 from files.remote import copy_here
-from volumes import DataConfig, Volume, VolumeDataset, load_cases, make_phantom, write_dicom, write_volume
+from volumes import DataConfig, Volume, VolumeDataset, VolumeError, load_cases, make_phantom, write_dicom, write_volume
 from volumes.prepared import memory, preparation
 from volumes.prepared.keys import case_key, settings_key
 from volumes.prepared.memory import VOXEL_BYTES, MemoryShare, preparing_bytes
@@ -114,6 +114,20 @@ def test_headers_tell_how_much_memory_a_volume_takes(tmp_path):
     assert preparing_bytes(masked, config) == VOXEL_BYTES * VOXELS
 
 
+def test_infinite_voxels_in_a_header_end_nothing(tmp_path):
+    """Such a file is refused by its name, and the others are prepared."""
+    config = replace(saved(tmp_path / "data"), spacing=(1.0, 1.0, 1.0), on_error="skip")
+    path = tmp_path / "data/c1.nii"
+    content = bytearray(path.read_bytes())
+    for place in (80, 280):  # pixdim[1] and srow_x[0]
+        content[place : place + 4] = np.float32(np.inf).tobytes()
+    path.write_bytes(content)
+    cases = load_cases(config)
+    assert preparing_bytes(cases[1], config) == VOXEL_BYTES * VOXELS
+    refused = [one for one in Preparation(config, PreparedStore()).run(cases) if isinstance(one, VolumeError)]
+    assert len(refused) == 1 and "c1.nii" in str(refused[0])
+
+
 def test_preparing_takes_no_more_memory_than_is_counted(tmp_path):
     """Measured by what NumPy and Python allocate at their peak, for each kind of work."""
     import tracemalloc
@@ -140,6 +154,7 @@ def test_preparing_takes_no_more_memory_than_is_counted(tmp_path):
 
 
 def test_an_interruption_does_not_wait_for_another_process(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
     config = saved(tmp_path / "data")
     case = load_cases(config)[1]
     done = threading.Event()
@@ -161,6 +176,7 @@ def test_an_interruption_does_not_wait_for_another_process(tmp_path):
     finally:
         done.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
     assert len(VolumeDataset(load_cases(config), config)) == 3
 
 
@@ -179,6 +195,18 @@ def test_all_data_sets_of_a_process_count(tmp_path, monkeypatch, caplog):
     caplog.clear()
     VolumeDataset(load_cases(configs[1]), configs[1])  # the first is gone
     assert "the cache may hold" not in caplog.text
+
+
+def test_volumes_that_are_all_there_need_no_room(tmp_path, monkeypatch, caplog):
+    """A lower limit removes nothing until something is written."""
+    config = saved(tmp_path / "data")
+    VolumeDataset(load_cases(config), config)
+    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{2 * VOXELS} B")
+    VolumeDataset(load_cases(config), config)
+    assert "the cache may hold" not in caplog.text
+    next((cache_root() / "prepared").glob("*.safetensors")).unlink()
+    VolumeDataset(load_cases(config), config)
+    assert "the 3 volumes take" in caplog.text
 
 
 def test_copies_that_a_job_uses_count(tmp_path, monkeypatch, caplog):

@@ -54,6 +54,7 @@ class BestWeights:
             remedy = "; it needs loop.sample_every" if generates and self.metric == step.distance else ""
             raise ValueError(f"loop.best_by: {self.metric} is not measured{remedy}; choose from {', '.join(metrics)}")
         self.more_is_better = metrics[self.metric]
+        self.validated = {*step.metrics} if self.metric in step.metrics else set()
         every = options.sample_every if generates and self.metric == step.distance else options.validate_every
         self.judges = held_out > 0 and every > 0
         wanted = [f"loop.patience {options.patience}"] if options.patience else []
@@ -88,7 +89,11 @@ class BestWeights:
     def judge(self, metrics: Mapping[str, float], state: TrainState) -> None:
         """Compare a validation with the best one so far, and keep the averaged weights if it is better. Called by every
         process, with the same metrics."""
-        if not self.judges or self.metric not in metrics:
+        if not self.judges:
+            return
+        if self.validated & metrics.keys():  # a validation, not a comparison of generated volumes
+            self.check_measured(metrics)
+        if self.metric not in metrics:
             return
         value, best = metrics[self.metric], state.best_value
         sign = -1 if self.more_is_better else 1
@@ -101,6 +106,14 @@ class BestWeights:
                     weights = self.learner.average.state_dict()
                     save_file({name: each.contiguous() for name, each in weights.items()}, unfinished / BEST_WEIGHTS)
                     self._describe(unfinished, state)
+
+    def check_measured(self, metrics: Mapping[str, float]) -> None:
+        """Raises: CannotContinue if these metrics, of a whole validation, lack the one that is judged by."""
+        if self.metric not in metrics:
+            raise CannotContinue(
+                f"loop.best_by {self.metric}: none of the held-out items has it, so nothing can be judged by it; hold "
+                f"out items that do, or judge by {', '.join(metrics)}"
+            )
 
     def out_of_patience(self, state: TrainState) -> str | None:
         """Return why the run should end early, or None."""

@@ -63,6 +63,7 @@ class TrainState:
         best_metric, best_step, best_value: the best validation so far: metric, step, and value; None if there is none.
         stale: validations since then, all of them no better.
         validated, sampled: step of the last validation, and of the last comparison of generated volumes.
+        snapshots: steps whose averages are stored (`loop.ema_snapshots`).
     """
 
     step: int = 0
@@ -78,12 +79,13 @@ class TrainState:
     stale: int = 0
     validated: int = 0
     sampled: int = 0
+    snapshots: list[int] = field(default_factory=list)
 
     def counts(self) -> list[int]:
         """Return all fields that are counts."""
         steps = [self.step, self.best_step, self.validated, self.sampled]
         skipped = [self.skipped, self.skipped_in_a_row, self.stale]
-        return [*steps, self.samples, self.processes, *skipped, *self.updates.values()]
+        return [*steps, self.samples, self.processes, *skipped, *self.updates.values(), *self.snapshots]
 
 
 def step_of(checkpoint: Path) -> int:

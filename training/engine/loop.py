@@ -165,7 +165,10 @@ class Loop:
         self.preview()
         if options.export == "best":
             self.best.load()
-        lengths = {"lengths": self._choose_length()} if options.export == "posthoc" else {}
+        lengths = {}
+        if options.export == "posthoc":
+            found, metrics = self._choose_length()
+            lengths = {"lengths": found}
         if accelerator.is_main_process:
             best = {"metric": state.best_metric, "step": state.best_step, "value": state.best_value}
             kept = {} if state.best_value is None else {"best": best, "export": options.export}
@@ -207,6 +210,7 @@ class Loop:
             self._count_skipped(finite)
             if self.snapshots.is_due(state.step):
                 self.snapshots.take(state.step)
+                state.snapshots.append(state.step)
             if finite:
                 totals = {k: v + totals.get(k, 0.0) for k, v in losses.items()}
                 counted.update(losses.keys())
@@ -257,20 +261,26 @@ class Loop:
             self._judge("samples", metrics)
         return {name: value for metrics in self.measured.values() for name, value in metrics.items()}
 
-    def _choose_length(self) -> dict[str, float]:
+    def _choose_length(self) -> tuple[dict[str, float], dict[str, float]]:
         """Load the average of the length whose metric (`loop.best_by`) is best on the held-out items into the learner's
-        average, which is then what the run leaves. All lengths see the same noise. Returns each length's metric.
+        average, which is then what the run leaves. All lengths see the same noise. Returns each length's metric, and
+        all metrics of the average that is left.
 
-        Raises: CannotContinue without snapshots, if a signal ended it, and if no metric was finite.
+        Raises: CannotContinue if snapshots are missing, if a signal ended it, and if no metric was finite.
         """
-        average, metric, found = self.step.learners[0].average, self.best.metric, {}
+        average, metric = self.step.learners[0].average, self.best.metric
+        found: dict[float, float] = {}
+        measured: dict[float, dict[str, float]] = {}
+        by_samples = metric not in self.step.metrics
+        self.snapshots.check_complete(self.state.snapshots)
         self.snapshots.take(self.state.step)  # a run that ended early has none of its last step
         for length in self.options.ema_lengths:
             average.load_state_dict({**average.state_dict(), **self.snapshots.average_of(length)})
-            metrics = self.sample(log=False) if metric not in self.step.metrics else self.validate(log=False)
-            if metric not in metrics:
+            measured[length] = self.sample(log=False) if by_samples else self.validate(log=False)
+            if not measured[length]:
                 raise CannotContinue("loop.export posthoc: was interrupted; --resume latest compares the lengths again")
-            found[length] = metrics[metric]
+            self.best.check_measured(measured[length])
+            found[length] = measured[length][metric]
             logger.info("average of length %g: %s %.4g", length, metric, found[length])
         finite = {length: value for length, value in found.items() if math.isfinite(value)}
         if not finite:
@@ -278,7 +288,11 @@ class Loop:
         chosen = (max if self.best.more_is_better else min)(finite, key=lambda length: finite[length])
         average.load_state_dict({**average.state_dict(), **self.snapshots.average_of(chosen)})
         logger.info("the run leaves the average of length %g", chosen)
-        return {f"{length:g}": value for length, value in found.items()} | {"chosen": chosen}
+        others = self.validate(log=False) if by_samples else {}
+        if self.options.sample_every and not by_samples:
+            others = self.sample(log=False)
+        lengths = {f"{length:g}": value for length, value in found.items()} | {"chosen": chosen}
+        return lengths, {**measured[chosen], **others}
 
     def _judge(self, kind: str, metrics: dict[str, float]) -> None:
         self.measured[kind] = metrics

@@ -106,8 +106,9 @@ def hold_output(accelerator: Accelerator, config: RunConfig) -> Iterator[None]:
                 refuse_older_run(config)  # of the job that this one waited for
                 refuse_links([output / name for name in WRITTEN])
                 refuse_links((output / CHECKPOINTS).glob("*"))
+                refuse_links((output / SNAPSHOTS).glob("*"))
                 remove_leftovers(output)
-                for folder in (output / CHECKPOINTS, output / PREVIEWS):
+                for folder in (output / CHECKPOINTS, output / PREVIEWS, output / SNAPSHOTS):
                     if folder.exists():  # from an older run, perhaps of another user
                         check_output_folder(folder)
                         remove_leftovers(folder)

@@ -267,6 +267,12 @@ class DataConfig:
 
     def _check_image_labels(self) -> None:
         names = list(self.image_labels.values())
+        hidden = [value for value, target in self.label_map.items() if target == UNKNOWN]
+        if names and hidden and not self.masks and UNKNOWN not in self.image_labels:
+            raise ValueError(
+                f"data: label_map calls {hidden} unknown ({UNKNOWN}), which is for masks, and image_labels says that "
+                "the images are label maps; map them to one of its labels"
+            )
         if names and (len(names) < 2 or len(set(names)) < len(names)):
             raise ValueError(f"data: image_labels names the background and one label or more, each once; got {names}")
         if names and isinstance(self.images, dict):

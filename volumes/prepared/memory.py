@@ -79,8 +79,9 @@ def preparing_bytes(case: Case, config: DataConfig) -> int:
             count, size = _header(path)
         except (VolumeError, OSError):
             continue
-        finer = 1.0 if config.spacing is None else size / math.prod(config.spacing)
-        voxels += int(count * max(1.0, finer))
+        resampled = 0.0 if config.spacing is None else count * (size / math.prod(config.spacing))
+        # A header may say that its voxels are infinite; the reader says what is wrong with it.
+        voxels += max(count, int(resampled)) if math.isfinite(resampled) else count
     return VOXEL_BYTES * voxels
 
 

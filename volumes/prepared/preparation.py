@@ -69,7 +69,7 @@ class Preparation:
         ready = [one for one in outcomes if isinstance(one, Ready)]
         self.store.wanted.update((one.key, one.facts.nbytes) for one in ready)
         missing = [one for one in ready if one.held is None and not self.store.has_voxels(one.key, one.facts)]
-        if self._full or self.store.generated:
+        if self._full or self.store.generated or self.store.has_all():
             return outcomes
         used, removable = contents(cache_root())
         wanted, pinned = self.store.wanted_of_process(), pinned_bytes(removable)

@@ -58,6 +58,10 @@ class PreparedStore:
         """Return the bytes of the volumes that this process reads from this folder, by key: those of all data sets."""
         return {key: size for one in [*_in_use] if one.folder == self.folder for key, size in one.wanted.items()}
 
+    def has_all(self) -> bool:
+        """Return whether the voxels of all volumes that this process reads from this folder are there."""
+        return all(self._holds(key, size) for key, size in self.wanted_of_process().items())
+
     def voxels(self, key: str) -> Path:
         """Return the file of voxels."""
         return self.folder / f"{key}.safetensors"
@@ -87,8 +91,11 @@ class PreparedStore:
 
     def has_voxels(self, key: str, facts: CaseFacts) -> bool:
         """Return whether the voxels are there, in their length."""
+        return self._holds(key, facts.nbytes)
+
+    def _holds(self, key: str, nbytes: int) -> bool:
         try:
-            return self.voxels(key).stat().st_size > facts.nbytes
+            return self.voxels(key).stat().st_size > nbytes
         except OSError:
             return False
 
@@ -127,7 +134,8 @@ class PreparedStore:
         """
         known, voxels = self.folder / f"{key}.json", self.voxels(key)
         try:
-            with room_for(facts.nbytes + 1024, generated=self.generated) as fits:
+            with room_for(facts.nbytes + 1024, generated=self.generated) as room:
+                fits = bool(room)
                 files = [voxels, known] if fits else [] if self.generated else [known]
                 with atomic_files(*files, mode=file_mode()) if files else nullcontext([]) as unfinished:
                     if fits:

@@ -9,7 +9,7 @@ of the trained weights.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +104,22 @@ class Snapshots:
                 found.append(Snapshot(path, int(facts["step"]), int(facts["updates"]), float(facts["length"])))
             except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
                 raise CannotContinue(
-                    f"{path}: is not a snapshot, or damaged ({error!r}); remove it: the others are used without it"
+                    f"{path}: is not a snapshot, or damaged ({error!r}); put a copy back, or use --loop.export last"
                 ) from error
         return sorted(found, key=lambda one: (one.step, one.length))
+
+    def check_complete(self, steps: Iterable[int]) -> None:
+        """Raises: CannotContinue naming the snapshots of these steps that are gone: without them the average of a
+        length would be another one."""
+        there = {(one.step, f"{one.length:.2f}") for one in self.stored()}
+        wanted = [(step, f"{length:.2f}") for step in steps for length in self.learner.tracked]
+        if absent := [
+            f"step_{step:06d}_{length}.safetensors" for step, length in wanted if (step, length) not in there
+        ]:
+            raise CannotContinue(
+                f"{self.folder}: lacks {', '.join(absent[:4])}{f' and {len(absent) - 4} more' if absent[4:] else ''}, "
+                "which the run stored; put them back, or use --loop.export last"
+            )
 
     def average_of(self, length: float) -> Mapping[str, Tensor]:
         """Return the weights of the average of this length at the newest snapshot, and its buffers; without frozen

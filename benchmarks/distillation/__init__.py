@@ -1,0 +1,1 @@
+"""Which loss makes the best student of a diffusion model in a given time."""
