@@ -47,7 +47,8 @@ def measure_background(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progre
         padded = placement.apply(sample["image"], -1.0)[None].to(vae.device, vae.dtype)
         decoded = vae.decode(vae.encode(padded, return_dict=False)[0].mean, return_dict=False)[0][0].float().cpu()
         brightest = placement.undo(decoded).amax(0).clamp(-1, 1)
-        labels = sample["mask"]
+        labels = sample.get("mask")
+        assert labels is not None  # see check_background
         for place, inside in enumerate((labels == background, (labels >= 0) & (labels != background))):
             counts[place] += np.histogram(brightest[inside].numpy(), BINS, (-1, 1))[0]
     outside_above, inside_above = counts[:, ::-1].cumsum(1)[:, ::-1]  # at or above the lower edge of each bin
