@@ -52,7 +52,7 @@ def test_min_snr_is_the_clipped_weight_of_the_images_error(objective):
     assert weighted.tolist() == pytest.approx((0.01 * snr.clamp(max=5)).tolist(), rel=1e-3)
 
 
-def test_alignment_is_zero_for_the_latents_themselves_and_ignores_padding():
+def test_alignment_is_zero_for_the_latents_and_skips_padding():
     latents, weight = torch.randn(1, 2, 5, 4, 4), torch.ones(1, 1, 5, 4, 4)
     features = folded(torch.nn.functional.pad(latents, (0, 0, 0, 0, 0, 1)), (2, 2, 2))
     assert features.shape == (1, 16, 3, 2, 2)
@@ -80,7 +80,7 @@ def run(arm: str, seed: int, loss: float) -> learning_per_step.Run:
     )
 
 
-def test_a_change_is_compared_with_the_plain_training_of_its_seed(tmp_path):
+def test_a_change_is_compared_with_plain_training(tmp_path):
     runs = [run("plain", 0, 0.5), run("min_snr", 0, 0.45), run("plain", 1, 0.4), run("min_snr", 1, 0.44)]
     found = compare(runs, 20)
     assert found.keys() == {"epsilon: min_snr"}

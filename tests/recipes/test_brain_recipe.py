@@ -40,7 +40,7 @@ def prepared(folder: Path) -> Path:
     return folder / "data"
 
 
-def test_the_split_is_by_subject_and_validation_is_of_the_training_ones(tmp_path):
+def test_the_split_is_by_subject(tmp_path):
     rows = list(csv.DictReader((RECIPE / "subjects.csv").open()))
     assert len({row["subject"] for row in rows}) == len(rows) == 62
     assert Counter(row["split"] for row in rows) == {"train": 48, "test": 14}
