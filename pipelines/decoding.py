@@ -43,7 +43,7 @@ class VolumeDecoder:
             if self.output_type == "latent":
                 [sample.output] = _finite([latent], record)
                 return
-            slabs = _finite(self._decode(latent), record)
+            slabs = self.processor.emptied(_finite(self._decode(latent), record), grid)
             if self.noise_model is not None:
                 generator = sample.generator
                 seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)

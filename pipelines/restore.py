@@ -31,6 +31,7 @@ from volumes import (
     to_stored_grid,
     write_slabs,
 )
+from volumes.foreground import background_index
 from volumes.formats.nifti import check_voxels
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ class Restorer:
         prepared = self.prepared
         if prepared.grid is not prepared.target:
             channels = [name for part, _ in parts for name in self.model.channels[part]]
-            volume = self.finished_volume(_resample_back(volume, prepared.target), channels)
+            volume = self._emptied(_resample_back(volume, prepared.target), channels)
+            volume = self.finished_volume(volume, channels)
             if (cropped := prepared.cropped) is not None:
                 planes = [*cropped.put_back([volume.array], self.outside(channels))]
                 volume = cropped.whole.replace(np.concatenate(planes, axis=3))
@@ -191,6 +193,15 @@ class Restorer:
             volume = to_stored_grid(volume)
             volume = volume.replace(self._merged(volume.array))
         return volume
+
+    def _emptied(self, volume: Volume, channels: Sequence[str]) -> Volume:
+        """The volume with an empty background again, which resampling mixed with its surroundings."""
+        if self.model.background_threshold is None or self.prepared.labels is None:
+            return volume
+        empty = self.prepared.target.array[0] == background_index(self.model.labels)
+        lowest = dict(zip(self.model.channels, (scale.low for scale in self.scales()), strict=True))
+        values = np.array([lowest[channel] for channel in channels], volume.array.dtype)
+        return volume.replace(np.where(empty, values[:, None, None, None], volume.array))
 
     def _stored_array(self, image: nib.Nifti1Image) -> np.ndarray:
         """(C, X, Y, Z) in the order of the mask's file, the condition channels as in their files."""

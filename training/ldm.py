@@ -28,6 +28,7 @@ from volumes import DataConfig, VolumeDataset, describe
 from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
+from .background import check_background, measure_background
 from .build import build_model, initialize_from
 from .distill import check_student, load_teacher
 from .encoder_distance import EncoderDistance
@@ -56,6 +57,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_student(config)
     check_residual_noise(config, train)
+    check_background(train)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model, config.gradient_checkpointing)
     if config.init_from:
@@ -86,7 +88,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             return
         noise = tuple(measure_noise(train, vae)) if config.residual_noise else known_noise
         average.register_to_config(subjects=records)
-        described = dataclasses.replace(data, residual_noise=noise)
+        threshold = measure_background(train, vae) if config.data.empty_background else None
+        described = dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
         guidance = None if teacher is None else 1.0  # a student has its teacher's
         pipe.sampling_settings = SamplingSettings(step.inference_steps, guidance)  # those of the previews

@@ -99,6 +99,9 @@ class DataConfig:
         crop: cuts each case to the box of what is not background, before it is resampled to `spacing`: {above: -500}
             (CT), {above: mask}. A pipeline finds the box in the same way, generates it, and writes the whole grid. null
             keeps whole volumes.
+        empty_background: says that all channels have their lowest intensity wherever the mask is background (label 0),
+            as in skull-stripped MR. It is checked. Generated volumes then have it there exactly: where the mask says
+            so, and without a mask where the decoded intensity is below a threshold that training measures.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1',
@@ -131,6 +134,7 @@ class DataConfig:
     image_labels: dict[Label, str] = field(default_factory=dict)
     resample_to: str | None = None
     crop: ForegroundCrop | None = None
+    empty_background: bool = False
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str] | dict[str, str]] = field(default_factory=dict)
@@ -172,6 +176,7 @@ class DataConfig:
                 "the one whose grid the others are resampled onto"
             )
         self._check_crop()
+        self._check_background()
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
@@ -236,6 +241,18 @@ class DataConfig:
         if crop.channel is not None and crop.channel not in self.patterns:
             raise ValueError(
                 f"data: crop.channel is {crop.channel!r}, the image channels are {', '.join(self.patterns)}"
+            )
+
+    def _check_background(self) -> None:
+        if not self.empty_background:
+            return
+        if self.image_labels:
+            raise ValueError("data: empty_background is for images with intensities, image_labels says otherwise")
+        if not (self.masks or self.phantom):
+            raise ValueError("data: empty_background needs masks, which say where the background is; set data.masks")
+        if self.masks and self.label_names and 0 not in self.label_names:
+            raise ValueError(
+                f"data: empty_background needs the label 0, the background; label_names has {sorted(self.label_names)}"
             )
 
     def _check_classes(self) -> None:
