@@ -148,7 +148,7 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError("channels and num_channels are the same argument; give one")
     if unknown := sorted(given.keys() - peer.arguments.keys()):
         raise ValueError(f"{', '.join(unknown)}: not an argument of this class; it takes {', '.join(peer.arguments)}")
-    config: dict[str, Any] = {**peer.defaults, **{peer.arguments[name]: value for name, value in given.items()}}
+    config: dict[str, object] = {**peer.defaults, **{peer.arguments[name]: value for name, value in given.items()}}
     if regions != {False}:
         if regions != {True} or "takes_spacing" not in peer.arguments.values():
             raise ValueError(
