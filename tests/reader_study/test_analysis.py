@@ -25,8 +25,9 @@ def analyzed(tmp_path, skill, seed=0, of_each=20, readers=3):
 
 
 @pytest.mark.parametrize("skill", [0.5, 0.7, 0.85])
-def test_the_skill_of_readers_is_recovered(tmp_path, skill):
+def test_the_skill_of_readers_is_recovered(tmp_path, monkeypatch, skill):
     """40 cases, 3 readers: the intervals of ten studies hold the true accuracy in nine at least."""
+    monkeypatch.setattr("reader_study.agreement.RESAMPLES", 4)  # of agreement, which is not looked at here
     held = {"hillis": 0, "bootstrap": 0, "wilson": 0}
     for seed in range(10):
         result, _ = analyzed(tmp_path, skill, seed)

@@ -95,17 +95,8 @@ def test_nothing_in_the_bytes_tells_real_from_generated(tmp_path):
         assert len({path.stat().st_size for path in files}) == 1
         assert all(re.fullmatch("[0-9a-f]{16}", path.stem) for path in files)
         text = b"".join(path.read_bytes() for path in everything if path.is_file())
-        for word in (
-            b"mrn_",
-            b"synthetic",
-            b"nii",
-            b"scanner",
-            b"source",
-            b"repeat_of",
-            b"descrip",
-            str(tmp_path).encode(),
-        ):
-            assert word not in text.replace(b"synthetic images", b""), word
+        for word in ("mrn_", "synthetic", ".nii", "scanner", "repeat_of", "descrip", str(tmp_path)):
+            assert word.encode() not in text, word
         assert all(set(item) == {"id", "section", "volumes"} for item in contents(folder / reader)["items"])
         shown = np.array([voxels(path) for path in files])
         figures = {
