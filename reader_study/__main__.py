@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, console_program, run_command
 from cli.settings import (
     FiniteFloat,
     InnerShare,
@@ -27,7 +27,7 @@ from cli.settings import (
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(prog="reader-study", description=__doc__)
+    parser = ArgumentParser(prog=console_program(), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_create(commands.add_parser("create", help="write a folder for each reader"))
     _add_analyze(commands.add_parser("analyze", aliases=["analyse"], help="read the answers, write a report"))

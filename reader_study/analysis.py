@@ -193,10 +193,10 @@ def _repeats(own: Sequence[Reading]) -> dict[str, Agreement] | None:
     if len(both) < FEWEST:
         return None
     decisions = [["RG".index(one.answers["decision"]) for one in pair] for pair in both]
-    found = {"decision": intra_reader_kappa(*zip(*decisions, strict=True), 2, ordinal=False)}
+    found = {"decision": intra_reader_kappa(*np.transpose(decisions), levels=2, ordinal=False)}
     for scale in SCALES:
         levels = [[LETTERS.index(one.answers[scale.name]) for one in pair] for pair in both]
-        found[scale.name] = intra_reader_kappa(*zip(*levels, strict=True), len(LETTERS), ordinal=True)
+        found[scale.name] = intra_reader_kappa(*np.transpose(levels), levels=len(LETTERS), ordinal=True)
     return found
 
 

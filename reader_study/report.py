@@ -21,7 +21,17 @@ from .answers import Reading
 from .questions import LETTERS, SCALES
 
 COLORS = ("#3b6fb0", BAD, GOOD, "#7a5ea8", "#8895a3", "#b08a2e")
-COLUMNS = ("reader", "item", "section", "repeat_of", "source", "decision", "confidence", "appearance", "consistency")
+COLUMNS: tuple[str, ...] = (
+    "reader",
+    "item",
+    "section",
+    "repeat_of",
+    "source",
+    "decision",
+    "confidence",
+    "appearance",
+    "consistency",
+)
 COLUMNS += ("anatomy", "choice", "seconds", "visits", "comment")
 
 

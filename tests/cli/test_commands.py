@@ -24,7 +24,13 @@ from volumes.data.config_parser import ConfigParser, config_files
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
-MODULES = ["reader_study", "recipes", "evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
+MODULES = [
+    "reader_study",
+    "recipes",
+    "evaluation.doctor",
+    "evaluation.copies.fingerprints",
+    "evaluation.data.label_budget",
+]
 PACKAGES = ("reader_study", "recipes", "evaluation.doctor")  # those of MODULES that are packages
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [

@@ -51,7 +51,7 @@ def test_help_lists_every_command(console):
     done = console("--help")
     assert done.returncode == 0, done.stderr
     for name, entry in medvolume.COMMANDS.items():
-        assert f"{name:<10} {entry.help}" in done.stdout
+        assert f"{name:<12} {entry.help}" in done.stdout
 
 
 @pytest.mark.parametrize("name", medvolume.COMMANDS)
