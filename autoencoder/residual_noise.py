@@ -17,6 +17,7 @@ from torch import Tensor
 from cli.live_bar import LiveBar
 from volumes import VolumeDataset, pad_to_multiple
 from volumes.description import NOISE_BINS, NOISE_LEVELS, NOISE_RADIUS, ChannelNoise
+from volumes.foreground import background_index
 from volumes.placement import center_crop
 
 from .base import VolumeAutoencoder
@@ -49,6 +50,8 @@ def _reconstructions(
         made = placement.undo(made)
         if "seen" in sample:  # outside the field of view nothing is missing
             made = torch.where(sample["seen"], made, image)
+        if dataset.config.empty_background and "mask" in sample:  # nor where pipelines empty it
+            made = torch.where(sample["mask"] == background_index(dataset.labels), -1.0, made)
         yield image.numpy(), made.numpy()
 
 

@@ -31,6 +31,7 @@ from volumes import (
     to_stored_grid,
     write_slabs,
 )
+from volumes.foreground import background_index
 from volumes.formats.nifti import check_voxels
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ class Restorer:
         prepared = self.prepared
         if prepared.grid is not prepared.target:
             channels = [name for part, _ in parts for name in self.model.channels[part]]
-            volume = self.finished_volume(_resample_back(volume, prepared.target), channels)
+            volume = self._emptied(_resample_back(volume, prepared.target), channels)
+            volume = self.finished_volume(volume, channels)
             if (cropped := prepared.cropped) is not None:
                 planes = [*cropped.put_back([volume.array], self.outside(channels))]
                 volume = cropped.whole.replace(np.concatenate(planes, axis=3))
@@ -191,6 +193,15 @@ class Restorer:
             volume = to_stored_grid(volume)
             volume = volume.replace(self._merged(volume.array))
         return volume
+
+    def _emptied(self, volume: Volume, channels: Sequence[str]) -> Volume:
+        """The volume with an empty background again, which resampling mixed with its surroundings."""
+        if self.model.background_threshold is None or self.prepared.labels is None:
+            return volume
+        empty = self.prepared.target.array[0] == background_index(self.model.labels)
+        lowest = dict(zip(self.model.channels, (scale.low for scale in self.scales()), strict=True))
+        values = np.array([lowest[channel] for channel in channels], volume.array.dtype)
+        return volume.replace(np.where(empty, values[:, None, None, None], volume.array))
 
     def _stored_array(self, image: nib.Nifti1Image) -> np.ndarray:
         """(C, X, Y, Z) in the order of the mask's file, the condition channels as in their files."""
@@ -204,9 +215,18 @@ class Restorer:
 
     def write(self, slabs: Iterable[torch.Tensor], paths: Sequence[Path], description: str) -> None:
         """Write the volume to one file, or to one per channel, see `VolumeProcessor.write`."""
-        if not self.prepared.needs_resampling and (len(paths) == 1 or self.held_dtype() == np.float32):
-            self._write_slabs(self.output_slabs(slabs), paths, description)
-            return
+        parts = self.file_parts()
+        if self.prepared.needs_resampling or (len(paths) > 1 and self.held_dtype() != np.float32):
+            self._write_held(slabs, paths, description)
+        elif len(parts) > 1:
+            self._write_channels(self.output_slabs(slabs), parts, paths, description)
+        else:
+            [(part, dtype)], [path] = parts, paths
+            of_file = (slab[part] for slab in self.output_slabs(slabs))
+            write_slabs(path, of_file, stored_grid(self.prepared.output), dtype, description=description)
+
+    def _write_held(self, slabs: Iterable[torch.Tensor], paths: Sequence[Path], description: str) -> None:
+        """Write a volume that must be whole before it is written."""
         shape = self.prepared.output.shape
         size = 4 * len(self.model.intensity) * math.prod(shape)
         if size > LARGE_BYTES:
@@ -220,14 +240,12 @@ class Restorer:
             assert isinstance(image, nib.Nifti1Image)
             nib.save(image, path)
 
-    def _write_slabs(self, slabs: Iterable[np.ndarray], paths: Sequence[Path], description: str) -> None:
-        """Slabs of all channels in original units to the files in which they belong."""
-        parts, whole = self.file_parts(), self.prepared.output
+    def _write_channels(
+        self, slabs: Iterable[np.ndarray], parts: Sequence[FilePart], paths: Sequence[Path], description: str
+    ) -> None:
+        """Write slabs of all channels in original units to one file per channel."""
+        whole = self.prepared.output
         grid = stored_grid(whole)
-        if len(parts) == 1:
-            [(part, dtype)], [path] = parts, paths
-            write_slabs(path, (slab[part] for slab in slabs), grid, dtype, description=description)
-            return
         plain = Volume(np.broadcast_to(np.float32(0), (1, *whole.shape)), whole.affine)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=paths[0].parent) as hidden:
             together = Path(hidden) / "channels.nii"  # decoded once, read once per file

@@ -6,7 +6,7 @@ Axes: (C, X, Y, Z) in RAS+ order. Intensities are in [-1, 1] inside the model an
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,7 @@ from volumes import (
 )
 from volumes.data.alignment import check_share, shown
 from volumes.description import DataDescription
-from volumes.foreground import cut
+from volumes.foreground import background_index, cut
 from volumes.formats.raw import memory_bytes
 from volumes.labels import labels_present, segment_values
 from volumes.map_checks import MAX_SIDE
@@ -85,6 +85,7 @@ class VolumeProcessor:
         self.reading = data.reading
         self.reference = data.resample_to
         self.crop = data.crop
+        self.background_threshold = data.background_threshold
         self.stride = tuple(stride)
 
     def preprocess(
@@ -328,6 +329,29 @@ class VolumeProcessor:
                 f"{_by(low)} to {_by(high)}; look at the result with care",
                 stacklevel=2,
             )
+
+    def emptied(self, slabs: Iterable[torch.Tensor], prepared: PreparedGrid) -> Iterable[torch.Tensor]:
+        """Empty the background of a decoded volume's slabs (C, X, Y, z), for a model of volumes whose background is
+        empty (`DataDescription.background_threshold`); others stay as they are.
+
+        What is background is set to -inf: residual noise does not change it, and it is written as the lowest
+        intensity. It is what the mask says; where no mask says it, what was decoded says it.
+        """
+        if (threshold := self.background_threshold) is None:
+            return slabs
+        return self._emptied(slabs, threshold, prepared.labels)
+
+    def _emptied(
+        self, slabs: Iterable[torch.Tensor], threshold: float, known: np.ndarray | None
+    ) -> Iterator[torch.Tensor]:
+        start = 0
+        for slab in slabs:
+            empty = (slab < threshold).all(0)
+            if known is not None:
+                labels = torch.from_numpy(known[..., start : start + slab.shape[3]]).to(slab.device)
+                empty = torch.where(labels == UNKNOWN, empty, labels == background_index(self.labels))
+            start += slab.shape[3]
+            yield torch.where(empty, -torch.inf, slab)
 
     def postprocess(
         self,

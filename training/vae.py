@@ -30,10 +30,11 @@ from files.documents import read_object
 from volumes import CropDataset, VolumeDataset, slices_figure
 from volumes.data.preprocessing import differences, refuse_differences
 from volumes.data.subjects import join_records
+from volumes.foreground import background_index
 
+from .background import check_background
 from .build import build_model, initialize_from
-from .engine.averages.power import STORED
-from .engine.learner import Learner
+from .engine.learner import Learner, run_learner
 from .engine.output import save_model
 from .engine.sampling_order import derive_seed
 from .engine.step import Training
@@ -52,7 +53,11 @@ MIN_CODES = 1.5  # effective codes below which a codebook has collapsed
 
 class VaeTrainingStep:
     """The training step of an autoencoder: losses of the reconstruction and of the latents inside the field of view,
-    and those of its discriminator and its perceptual network if it has them."""
+    and those of its discriminator and its perceptual network if it has them.
+
+    Args:
+        background: index of the label where volumes are empty (`data.empty_background`), and so are generated ones.
+    """
 
     def __init__(
         self,
@@ -63,14 +68,16 @@ class VaeTrainingStep:
         channels: Sequence[str] = ("image",),
         label_maps: bool = False,
         label_weights: Mapping[int, float] | None = None,
+        background: int | None = None,
     ):
-        self.label_weights = dict(label_weights or {})
+        self.label_weights, self.background = dict(label_weights or {}), background
         self.channels, self.label_maps = channels, label_maps
         self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
         several = channels if len(channels) > 1 else ()
         self.metrics = {"psnr": True, "l1": False}
         self.metrics |= {f"{name}/{channel}": more for channel in several for name, more in self.metrics.items()}
+        self.metrics |= {"psnr_foreground": True} if background is not None else {}
         self._latents: list[Tensor] = []  # inside the field of view, since the last update: for the codebook
 
     def __call__(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -84,11 +91,13 @@ class VaeTrainingStep:
             if weight := getattr(weights, name):
                 losses[name] = function(reconstruction, image, fov, emphasis)
                 loss = loss + weight * losses[name]
+        # An empty background is emptied in what is generated: it has no detail, and nothing to judge.
+        judged = fov if self.background is None else fov & (batch["mask"] != self.background)[:, None]
         if weights.spectrum:
-            losses["spectrum"] = spectrum_loss(reconstruction, image, fov)
+            losses["spectrum"] = spectrum_loss(reconstruction, image, judged)
             loss = loss + weights.spectrum * losses["spectrum"]
         # Padding has no ground truth: there the networks below see the image itself.
-        shown = torch.where(fov, reconstruction.float(), image)
+        shown = torch.where(judged, reconstruction.float(), image)
         if self.perception is not None:
             with self.vae.accelerator.autocast():
                 losses["perceptual"] = self.perception(image, shown, fov, generators[0])
@@ -143,7 +152,7 @@ class VaeTrainingStep:
     @torch.no_grad()
     def validate(self, item: WholeVolume, generator: torch.Generator) -> dict[str, float]:
         """Reconstruct a whole volume. Return PSNR in dB (of intensities in [0, 1]) and L1 inside the field of view,
-        over all channels, and per channel if there are several."""
+        over all channels, and per channel if there are several; and the PSNR outside of an empty background."""
         image, fov = item["image"][None], item["fov"][None]
         reconstruction = self._reconstruct(image)
         metrics = {"psnr": decibels(reconstruction, image, fov), "l1": l1_loss(reconstruction, image, fov).item()}
@@ -151,6 +160,9 @@ class VaeTrainingStep:
             channel = slice(index, index + 1)
             metrics[f"psnr/{name}"] = decibels(reconstruction[:, channel], image[:, channel], fov)
             metrics[f"l1/{name}"] = l1_loss(reconstruction[:, channel], image[:, channel], fov).item()
+        if self.background is not None and "mask" in item:
+            inside = fov & (item["mask"] != self.background)[None, None]
+            metrics["psnr_foreground"] = decibels(reconstruction, image, inside)
         return metrics
 
     @torch.no_grad()
@@ -216,7 +228,11 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
     if config.init_from:
         check_start(config.init_from, config, train, held_out)
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
-    step = build_step(config, vae, weights_by_index(config.loss_weights, train.labels))
+    for dataset in (train, held_out):
+        if dataset is not None:
+            check_background(dataset)
+    background = background_index(train.labels) if config.data.empty_background else None
+    step = build_step(config, vae, weights_by_index(config.loss_weights, train.labels), background)
     if step.perception is not None:
         step.perception.network.to(accelerator.device)
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
@@ -232,29 +248,26 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
 
 
 def build_step(
-    config: TrainVaeConfig, vae: VolumeAutoencoder, label_weights: Mapping[int, float] | None = None
+    config: TrainVaeConfig,
+    vae: VolumeAutoencoder,
+    label_weights: Mapping[int, float] | None = None,
+    background: int | None = None,
 ) -> VaeTrainingStep:
     """Build the training step of `vae`, with optimizers, averages, and the discriminator and perceptual network of the
     config.
 
     Args:
         label_weights: {label index: weight} of `loss_weights`.
+        background: see `VaeTrainingStep`.
     """
-    loop = config.loop
-    learner = Learner(
-        "vae",
-        vae,
-        config.optimizer,
-        ema_decay=loop.ema_decay,
-        ema_length=loop.ema_length,
-        max_steps=loop.max_steps,
-        tracked=STORED if loop.ema_snapshots else (),
-    )
+    learner = run_learner("vae", vae, config)
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None
     label_maps = bool(config.data.image_labels)
     channels = config.data.channels
-    return VaeTrainingStep(learner, config.losses, adversary, perception, channels, label_maps, label_weights)
+    return VaeTrainingStep(
+        learner, config.losses, adversary, perception, channels, label_maps, label_weights, background
+    )
 
 
 def init_vae(vae: VolumeAutoencoder, config: TrainVaeConfig) -> None:

@@ -157,6 +157,8 @@ class DataDescription:
         common_labels: values of the labels that every training mask has; None if they were not recorded.
         maps: what the training set's label maps have in common; None for images that are not label maps.
         residual_noise: a model of the residual noise per channel; None if it was not measured.
+        background_threshold: for volumes whose background is empty (`DataConfig.empty_background`): where no mask says
+            what is background, it is where every decoded channel, in [-1, 1], is below this. None for other volumes.
         description: free text.
     """
 
@@ -176,6 +178,7 @@ class DataDescription:
     common_labels: tuple[int, ...] | None = None
     maps: LabelMapStats | None = None
     residual_noise: tuple[ChannelNoise, ...] | None = None
+    background_threshold: float | None = None
     description: str = ""
 
     @classmethod
@@ -209,6 +212,7 @@ class DataDescription:
             common_labels=_common(data.pop("common_labels"), labels) if "common_labels" in data else None,
             maps=_maps(data.pop("maps"), image_labels) if "maps" in data else None,
             residual_noise=_noise(data.pop("residual_noise", None), len(channels)),
+            background_threshold=_threshold(data.pop("background_threshold", None), labels),
             description=data.pop("description", ""),
         )
         _expect(isinstance(description.description, str), "description", description.description, "text")
@@ -245,6 +249,8 @@ class DataDescription:
             stored["maps"] = self.maps.to_json()
         if self.residual_noise is not None:
             stored["residual_noise"] = [asdict(channel) for channel in self.residual_noise]
+        if self.background_threshold is not None:
+            stored["background_threshold"] = self.background_threshold
         return stored
 
 
@@ -341,6 +347,14 @@ def _noise(value: Any, channels: int) -> tuple[ChannelNoise, ...] | None:
         isinstance(value, list | tuple) and len(value) == channels, "residual_noise", value, "one entry per channel"
     )
     return tuple(map(ChannelNoise.from_json, value))
+
+
+def _threshold(value: Any, labels: Mapping[int, str]) -> float | None:
+    if value is None:
+        return None
+    _expect(_numbers([value], 1) and -1 < value < 1, "background_threshold", value, "a number between -1 and 1")
+    _expect(0 in labels, "background_threshold", value, "none, for the labels have no 0, the background")
+    return float(value)
 
 
 def _list(name: str, value: Any) -> Sequence[object]:

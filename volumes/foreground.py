@@ -3,7 +3,7 @@
 Axes: (X, Y, Z) in RAS+ order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -90,14 +90,19 @@ def above_value(array: np.ndarray, value: float) -> np.ndarray:
     return (sizes >= MIN_PIECE * sizes.max())[pieces] & inside
 
 
+def background_index(labels: Iterable[int]) -> int:
+    """Return the label index of the background: of the label value 0, or without it of the lowest."""
+    known = sorted(labels)
+    return known.index(0) if 0 in known else 0
+
+
 def labeled(indices: np.ndarray, labels: Sequence[int]) -> np.ndarray:
-    """Return where a mask (X, Y, Z) of label indices shows a label other than the background.
+    """Return where a mask (X, Y, Z) of label indices shows a label other than the background (`background_index`).
 
     Args:
-        labels: label values; the background is 0, or without it the lowest.
+        labels: label values.
     """
-    known = sorted(labels)
-    return (indices >= 0) & (indices != (known.index(0) if 0 in known else 0))
+    return (indices >= 0) & (indices != background_index(labels))
 
 
 def box_around(inside: np.ndarray, spacing: Sequence[float], margin: float) -> Placement | None:

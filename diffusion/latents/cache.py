@@ -37,6 +37,7 @@ from files.cache import touch
 from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
 from volumes.data.dataset import Sample
+from volumes.foreground import background_index
 
 from ..conditioning import Conditions
 from ..folding import fold_mask
@@ -64,6 +65,8 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCach
     and settings, see `volumes.prepared.keys`, and by their voxels as training sees them), augmentation. Names and times
     of files, the decoder and the cache's folder do not change them."""
     augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
+    if dataset.config.empty_background:
+        augmentation["empty_background"] = True
     volumes = [[key, facts.digest] for key, facts in zip(dataset.keys, dataset.facts, strict=True)]
     parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), volumes, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -112,10 +115,18 @@ def deformed(
 
 
 def _version(
-    item: Sample, stride: Sequence[int], config: LatentCacheConfig, seed: int, index: int, version: int, order: int
+    item: Sample,
+    stride: Sequence[int],
+    config: LatentCacheConfig,
+    seed: int,
+    index: int,
+    version: int,
+    order: int,
+    background: int | None = None,
 ) -> dict[str, Tensor]:
     """Return one version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z),
     and mask (X, Y, Z) if there is one. `order` is the order of the splines that deform images.
+    Splines swing beside edges: where the label index is `background`, which is empty, the image is -1 again.
     """
     image, mask = item["image"], item.get("mask")
     shape = tuple(image.shape[1:])
@@ -130,6 +141,8 @@ def _version(
         if config.rotate or config.scale or config.deform:
             spacing = item["affine"][:3, :3].norm(dim=0).tolist()
             image, mask, fov = deformed(image, mask, config, generator, spacing, order, None if fov.all() else fov)
+            if background is not None and mask is not None:
+                image = torch.where(mask == background, -1.0, image)
         if config.shift:
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
             sides = tuple(-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True))
@@ -179,11 +192,12 @@ def build_latent_cache(
         ]  # all of them, so that each damaged one is named
         missing += [] if all(there) else [index]
     order = 0 if dataset.config.image_labels else 3  # a label is there or not
+    empty = background_index(dataset.labels) if dataset.config.empty_background else None
     quiet = None if progress and missing else True
     for index in LiveBar(missing, desc="encode latents", unit="volume", disable=quiet):
         item = dataset[index]
         for version, file in enumerate(files[index]):
-            padded = _version(item, vae.stride, config, seed, index, version, order)
+            padded = _version(item, vae.stride, config, seed, index, version, order, empty)
             posterior = vae.encode(padded["image"].to(vae.device, vae.dtype), return_dict=False)[0]
             check_latents(posterior, _described(dataset, index, version))
             certain = not bool(posterior.std.any())

@@ -27,7 +27,7 @@ def planted() -> small_lesions.Phantoms:
     """Two volumes of organ, with lesions of two and of three voxels in the first and of two in the second."""
     labels = torch.full((2, 16, 16, 16), 2)
     labels[0, 3, 3, 3:5] = labels[0, 10, 10, 3:6] = labels[1, 3, 3, 3:5] = LESION
-    return {"images": labels[:, None] / 4.0, "labels": labels, "classes": ["bright lesion"] * 2}
+    return {"images": labels[:, None] / 4.0, "labels": labels, "classes": ["bright lesion", "dark lesion"]}
 
 
 def test_each_lesion_counts_by_itself():
@@ -41,6 +41,7 @@ def test_each_lesion_counts_by_itself():
     assert found["by_voxels"]["2"]["dice"] == pytest.approx((1 + 4 / 5) / 2)
     assert found["by_voxels"]["3"]["dice"] == pytest.approx(4 / 5)
     assert found["dice"] == pytest.approx((1 + 4 / 5 + 4 / 5) / 3)
+    assert found["kinds"] == {"bright lesion": pytest.approx(9 / 10), "dark lesion": pytest.approx(4 / 5)}
     assert found["by_voxels"]["3"]["contrast"] == pytest.approx(2 / 3)
     whole = small_lesions.measure(Rounded(), real["images"], real)
     assert whole["dice"] == 1 and whole["contrast"] == pytest.approx(1) and whole["labels"]["lesion"] == 1
@@ -71,7 +72,8 @@ def test_the_page_shows_each_set_beside_real_phantoms(tmp_path):
     worse = {**real, "dice": 0.9, "contrast": 0.5, "labels": {}, "by_voxels": {"2": real["by_voxels"]["2"]}}
     machine, steps = {"processor": "a CPU"}, {"autoencoder": 10, "diffusion": 20}
     report = {"real": {"real": real}, "generated": {"plain": worse}, "steps": steps, "test_phantoms": 2}
-    report |= {"machine": machine, "command": "a command", "date": "2026-01-02T03"}
+    report |= {"machine": machine, "command": "a command", "date": "2026-01-02T03", "commit": None, "versions": {}}
+    report |= {"loss_weights": {}, "side": 16, "load": 1.0}
     (tmp_path / "r.json").write_text(json.dumps(report))
     page = tmp_path / "page.md"
     page.write_text(f"before\n{lesions_page.BEGIN}\nold\n{lesions_page.END}\nafter\n")

@@ -99,6 +99,9 @@ class DataConfig:
         crop: cuts each case to the box of what is not background, before it is resampled to `spacing`: {above: -500}
             (CT), {above: mask}. A pipeline finds the box in the same way, generates it, and writes the whole grid. null
             keeps whole volumes.
+        empty_background: says that all channels have their lowest intensity wherever the mask is background (label 0),
+            as in skull-stripped MR. It is checked. Generated volumes then have it there exactly: where the mask says
+            so, and without a mask where the decoded intensity is below a threshold that training measures.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1',
@@ -131,6 +134,7 @@ class DataConfig:
     image_labels: dict[Label, str] = field(default_factory=dict)
     resample_to: str | None = None
     crop: ForegroundCrop | None = None
+    empty_background: bool = False
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str] | dict[str, str]] = field(default_factory=dict)
@@ -141,27 +145,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._compose()
-        if self.phantom is not None:
-            given = [
-                name
-                for name in (
-                    "images",
-                    "image_labels",
-                    "masks",
-                    "table",
-                    "units",
-                    "axes",
-                    "split",
-                    "subject",
-                    "group_by",
-                    "resample_to",
-                )
-                if getattr(self, name)
-            ]
-            if given:
-                raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
-        elif not self.images:
-            raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
+        self._check_source()
         for channel in self.patterns if isinstance(self.images, dict) else ():
             check_name(channel, "data: images, for files of this channel")
         if self.split and self.test_fraction:
@@ -192,6 +176,7 @@ class DataConfig:
                 "the one whose grid the others are resampled onto"
             )
         self._check_crop()
+        self._check_background()
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
@@ -200,6 +185,30 @@ class DataConfig:
             raise ValueError(
                 f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.patterns)}"
             )
+
+    def _check_source(self) -> None:
+        """Raises: ValueError unless there are either files or phantoms."""
+        if self.phantom is not None:
+            given = [
+                name
+                for name in (
+                    "images",
+                    "image_labels",
+                    "masks",
+                    "table",
+                    "units",
+                    "axes",
+                    "split",
+                    "subject",
+                    "group_by",
+                    "resample_to",
+                )
+                if getattr(self, name)
+            ]
+            if given:
+                raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
+        elif not self.images:
+            raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
 
     def _compose(self) -> None:
         """Names of columns, values and channels in NFC, as tables are read."""
@@ -232,6 +241,18 @@ class DataConfig:
         if crop.channel is not None and crop.channel not in self.patterns:
             raise ValueError(
                 f"data: crop.channel is {crop.channel!r}, the image channels are {', '.join(self.patterns)}"
+            )
+
+    def _check_background(self) -> None:
+        if not self.empty_background:
+            return
+        if self.image_labels:
+            raise ValueError("data: empty_background is for images with intensities, image_labels says otherwise")
+        if not (self.masks or self.phantom):
+            raise ValueError("data: empty_background needs masks, which say where the background is; set data.masks")
+        if self.masks and self.label_names and 0 not in self.label_names:
+            raise ValueError(
+                f"data: empty_background needs the label 0, the background; label_names has {sorted(self.label_names)}"
             )
 
     def _check_classes(self) -> None:

@@ -29,7 +29,7 @@ FORMAT = 1  # raise it when the same files are prepared otherwise
 # Settings that change which cases there are, or what goes with them, but not their voxels.
 UNRELATED = (
     *("root", "table", "images", "masks", "subject", "group_by", "split", "test_fraction", "validation_fraction"),
-    *("split_seed", "classes", "numbers", "condition_channels", "on_error", "phantom"),
+    *("split_seed", "classes", "numbers", "condition_channels", "on_error", "phantom", "empty_background"),
 )
 # Seconds: a file that changed later may change again without another time. File systems count times in up to two
 # seconds, and the clock of a file server may be behind ours.
