@@ -72,8 +72,10 @@ def _importable(name: str) -> bool:
 
 
 def _lies_in(module: str, checkout: Path) -> bool:
-    file = getattr(sys.modules[module], "__file__", None)
-    return isinstance(file, str) and Path(file).resolve().is_relative_to(checkout.resolve())
+    found = sys.modules[module]
+    file = getattr(found, "__file__", None)
+    places = [file] if isinstance(file, str) else [*getattr(found, "__path__", [])]  # a folder without __init__.py
+    return any(Path(place).resolve().is_relative_to(checkout.resolve()) for place in places)
 
 
 @contextmanager

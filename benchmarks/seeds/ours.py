@@ -40,9 +40,11 @@ class Ours(System):
     ):
         self.dataset, self.task, self.settings, self.more = dataset, task, settings, more
         self.pipe: Any = None
+        self.seconds = 0.0
 
     def train(self, seconds: float) -> Trained:
         """Train for so many seconds, the autoencoder in the first half."""
+        self.seconds = seconds
         trials = self.settings.folder / "trials"
         first, second = (self._run(train_vae, steps, trials / f"vae_{steps}") for steps in TRIAL)
         coded = self._fitting(SHARE * seconds, second - first)
@@ -76,6 +78,9 @@ class Ours(System):
             "optimizer.warmup_steps": steps // 30,
             "loop.mixed_precision": "no" if self.settings.device == "cpu" else "bf16",
             **dict.fromkeys(("loop.validate_every", "loop.preview_every", "loop.checkpoint_every"), 0),
+            **(
+                {"cache.versions": max(int(self.seconds // 600), 1)} if diffusion else {}
+            ),  # encoding takes its time, too
             **({"vae": self.settings.folder / "vae/vae"} if diffusion else {}),
         }
         args = [f"--{name}={value}" for name, value in options.items() if value is not None]
