@@ -10,12 +10,12 @@ from torch import nn
 from autoencoder.losses.perceptual import VGG16Features
 from evaluation.data.volume_sets import VolumeSet, generated_set, real_set
 from evaluation.metrics.features import (
-from evaluation.metrics.scripted import SUFFIXES, load_scripted
     PLANES,
     EncoderStatistics,
     RandomStatistics,
     SliceStatistics,
 )
+from evaluation.metrics.scripted import SUFFIXES, load_scripted
 from evaluation.studies.limits import check_command, check_sets
 from pipelines.storage.loading import load_autoencoder
 from volumes import load_cases

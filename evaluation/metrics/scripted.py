@@ -39,8 +39,8 @@ class ScriptedVolumes(nn.Module):
 
 class ScriptedSlices(nn.Module):
     """Features of slices along one axis by a 2-D network, as MAISI's 2.5-D FID takes them (MONAI tutorials,
-    generation/maisi/scripts/compute_fid_2-5d_ct.py): each gray slice three times, less RadImageNet's means, features
-    averaged over space.
+    generation/maisi/scripts/compute_fid_2-5d_ct.py): the volume scaled to [0, 1] by its own extremes, each gray slice
+    three times, less RadImageNet's means, features averaged over space.
 
     Args:
         network: maps (B, 3, H, W) to (B, F) or (B, F, ...).
@@ -55,7 +55,8 @@ class ScriptedSlices(nn.Module):
     @torch.inference_mode()
     def rows(self, volume: Tensor) -> Tensor:
         """Map one volume (C, X, Y, Z) in [0, 1] to the features (slices, C * F) of its slices."""
-        slices = volume.movedim(1 + self.axis, 0)  # (slices, C, H, W)
+        low, high = volume.amin(), volume.amax()
+        slices = ((volume - low) / (high - low + 1e-10)).movedim(1 + self.axis, 0)  # (slices, C, H, W)
         color = slices.flatten(0, 1)[:, None] - slices.new_tensor(MEAN)[:, None, None]
         pooled = torch.cat([_pooled(self.network(part)) for part in color.split(self.batch_size)])
         return pooled.reshape(len(slices), -1)

@@ -68,11 +68,12 @@ def test_a_file_of_a_2d_network_gives_an_extractor_per_plane(tmp_path):
     torch.jit.trace(Mean2D(nn.Conv2d, 3), torch.rand(1, 3, 8, 8)).save(tmp_path / "net.ts")
     found = load_scripted(tmp_path / "net.ts")
     assert [*found] == [" sagittal", " coronal", " axial"]
-    volume = torch.rand(1, 4, 5, 6)
+    volume = torch.rand(1, 4, 5, 6) / 2
+    scaled = (volume - volume.min()) / (volume.max() - volume.min())
     for axis, extractor in enumerate(found.values()):
         assert isinstance(extractor, ScriptedSlices)
         others = [a for a in range(3) if a != axis]
-        expected = volume[0].mean(others)[:, None] - torch.tensor(MEAN)
+        expected = scaled[0].mean(others)[:, None] - torch.tensor(MEAN)
         torch.testing.assert_close(extractor.rows(volume), expected)
         torch.testing.assert_close(extractor(volume[None]), expected.mean(0)[None])
 
@@ -88,12 +89,18 @@ def test_a_file_of_a_3d_network_gives_one(tmp_path):
         load_scripted(tmp_path / "text.ts")
 
 
+def with_extremes(volume: np.ndarray) -> np.ndarray:
+    """The volume with 0 and 1 in the first slice, at the same mean, so that it is not scaled."""
+    volume[0, 0, 0, 0], volume[0, 0, 1, 0] = 0.0, 1.0
+    return volume.clip(0, 1)
+
+
 def test_the_distance_of_slices_is_that_of_their_gaussians():
     """Means of slices are Gaussian with shift 0.3: of three equal features, the squared distance is 3 x 0.09."""
     random = np.random.default_rng(0)
-    shifts = {"training": 0.0, "test": 0.0, "generated": 0.3}
+    shifts = {"training": 0.4, "test": 0.4, "generated": 0.7}
     volumes = {
-        name: [np.ones((1, 4, 4, 1)) * random.normal(shift, 0.1, (1, 1, 1, 60)) for _ in range(20)]
+        name: [with_extremes(np.ones((1, 4, 4, 1)) * random.normal(shift, 0.1, (1, 1, 1, 60))) for _ in range(20)]
         for name, shift in shifts.items()
     }
     subjects = {name: [f"{name}{i // 2}" for i in range(20)] for name in shifts}
