@@ -23,8 +23,9 @@ def scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 def test_two_samples_of_one_gaussian_have_the_expected_scores():
     """Density is 1 on average, and coverage is that of Naeem et al. 2020, Eq. 9: 0.969 for equal counts and k = 5."""
-    count, k = 150, 5
-    found = np.mean([manifold_scores(gaussian(count, 2 * s), gaussian(count, 2 * s + 1)) for s in range(10)], axis=0)
+    count, k = 100, 5
+    pairs = ((gaussian(count, 2 * s, features=2), gaussian(count, 2 * s + 1, features=2)) for s in range(40))
+    found = np.mean([manifold_scores(*pair) for pair in pairs], axis=0)
     expected = 1 - math.prod((count - i) / (2 * count - i) for i in range(1, k + 1))
     by_name = dict(zip(SCORES, found, strict=True))
     assert by_name["coverage"] == pytest.approx(expected, abs=0.015) and expected == pytest.approx(0.97, abs=0.01)
