@@ -84,6 +84,7 @@ COMMANDS = {
     "train-vae": Command("train_vae", "train the autoencoder"),
     "train-ldm": Command("train_ldm", "train the diffusion model on the autoencoder's latents"),
     "generate": Command("generate", "generate volumes from masks, a table, or a seed"),
+    "convert": Command("convert", "turn weights of MAISI and MONAI into a folder of ours, without running their code"),
     "edit": Command("edit", "generate a part of an image again, insert or remove lesions"),
     "evaluate": Command("evaluate", "measure realism, usefulness and privacy of generated volumes"),
     "demo": Command("demo", "generate examples with the weights of the clone, with pictures"),

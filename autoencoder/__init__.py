@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         mse_loss,
         spectrum_loss,
     )
+    from .monai.kl import MonaiAutoencoderKL
     from .posterior import DiagonalGaussian3D, LatentDistribution
     from .space_to_depth import SpaceToDepth3D
     from .statistics import latent_statistics
@@ -32,6 +33,7 @@ __all__ = [
     "DiagonalGaussian3D",
     "LatentDistribution",
     "ModelMixin",
+    "MonaiAutoencoderKL",
     "QuantisedLatents",
     "SpaceToDepth3D",
     "VQGAN3D",

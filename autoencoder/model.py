@@ -31,6 +31,7 @@ from .weights import (
 
 RECORDS = (
     "data",
+    "license",
     "subjects",
 )  # of a config: what is known of the training, which changes nothing that a model computes
 

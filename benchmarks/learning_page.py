@@ -57,7 +57,3 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     report = read_report(options.report, Report, "benchmarks.learning_per_step")
     rewrite_between(options.page, BEGIN, END, page_text(report))
-
-
-if __name__ == "__main__":
-    main()

@@ -70,8 +70,9 @@ from pipelines.storage.loading import load_autoencoder
 from training.build import build_model
 from training.engine.learner import Learner
 from training.engine.step import Training
-from training.ldm import LdmTrainingStep, build, build_step
+from training.ldm import build
 from training.ldm_config import TrainLdmConfig
+from training.ldm_step import LdmTrainingStep, build_step
 
 ALIGN, GAMMA = 0.5, 5.0
 PLAIN = "plain"
@@ -157,7 +158,7 @@ def folded(values: Tensor, stride: Sequence[int]) -> Tensor:
 
 def min_snr(timesteps: Tensor, objective: str) -> Tensor:
     """Return how much the error of v or eps counts at each timestep: as that of the image would, times min(SNR, 5)."""
-    share: Tensor = make_scheduler(objective).alphas_cumprod[timesteps]  # pyright: ignore[reportAttributeAccessIssue]
+    share: Tensor = make_scheduler(objective).alphas_cumprod[timesteps]
     snr = share / (1 - share)
     return snr.clamp(max=GAMMA) / (snr + (objective == V_PREDICTION))
 
@@ -196,7 +197,8 @@ def changed_loss(
 
 def head_of(unet: LatentUNet3D) -> nn.Module:
     """Build the small network that maps the coarsest features to the latents under them."""
-    width, cell = unet.config["channels"][-1], int(np.prod(unet.downsamplers[-1].stride))  # pyright: ignore[reportArgumentType]
+    stride: Sequence[int] = unet.downsamplers[-1].stride  # pyright: ignore[reportAssignmentType]
+    width, cell = unet.config["channels"][-1], int(np.prod(stride))
     return nn.Sequential(
         nn.Conv3d(width, 2 * width, 1), nn.SiLU(), nn.Conv3d(2 * width, cell * unet.config["in_channels"], 1)
     )
@@ -243,7 +245,7 @@ class Comparison:
         size, losses, seconds = self.config.loop.batch_size, dict[str, float](), 0.0
         for number in range(self.options.steps):
             begin = time.process_time()
-            step.loss = changed  # pyright: ignore[reportAttributeAccessIssue]
+            step.loss = changed
             step(batch_of(self.training, seed, number, size), generators_of(seed, number, size))
             step.unet.update(number)
             if arm == "align":
@@ -286,7 +288,7 @@ class Comparison:
         counts = []
         for arm in (PLAIN, "align"):
             step, head = self.step_of(RECTIFIED_FLOW, 0)
-            step.loss = partial(changed_loss, arm=arm, head=head.model)  # pyright: ignore[reportAttributeAccessIssue]
+            step.loss = partial(changed_loss, arm=arm, head=head.model)
             with FlopCounterMode(display=False) as counter:
                 step(batch_of(self.training, 0, 0, 2), generators_of(0, 0, 2))
             counts.append(counter.get_total_flops())
@@ -392,7 +394,3 @@ def main(args: Sequence[str] | None = None) -> None:
                     **provenance(),
                 }
                 write_report(options.output, report)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,36 +4,32 @@ python -m benchmarks.lesions_page docs/small_lesions.json --page docs/small_stru
 """
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from cli.command import ArgumentParser, run_command
+from cli.command import run_command
+from tools.markdown import parse_page, rewrite_between, table
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON file of benchmarks.small_lesions")
-    parser.add_argument("--page", type=Path, required=True, help="Markdown file with the two comments")
-    return parser.parse_args(args)
+    return parse_page(__doc__, "JSON file of benchmarks.small_lesions", args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from .small_lesions import Figures
-from .speed.report import table
+from evaluation.report import read_report
+
+from .small_lesions import Report
 
 BEGIN = "<!-- small lesions: written by benchmarks.lesions_page -->"
 END = "<!-- end of small lesions -->"
 PARTS = {"real": "real phantoms", "autoencoders": "reconstructions", "generated": "generated volumes"}
 
 
-def page_text(report: Mapping[str, Any]) -> str:
+def page_text(report: Report) -> str:
     """Return the part of the page between the two comments: one table of all that was measured."""
-    real: Figures = report["real"]["real"]
+    real = report["real"]["real"]
     sizes = list(real["by_voxels"])
     header = ["volumes", "lesions", "less than real", "contrast", *(f"{size} voxels" for size in sizes), "organ"]
     rows = []
@@ -59,13 +55,5 @@ def page_text(report: Mapping[str, Any]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite the part of the page. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    text = options.page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{options.page}: needs the lines {BEGIN} and {END}, between which the figures go")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    options.page.write_text(f"{before}{BEGIN}\n{page_text(json.loads(options.report.read_text()))}{END}{after}")
-
-
-if __name__ == "__main__":
-    main()
+    report = read_report(options.report, Report, "benchmarks.small_lesions")
+    rewrite_between(options.page, BEGIN, END, page_text(report))

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
@@ -52,7 +52,7 @@ import train_vae
 from autoencoder import VolumeAutoencoder
 from evaluation.networks.fit import brightened, fit
 from evaluation.networks.segmenter import volume_dice
-from evaluation.report import check_report, provenance, write_report
+from evaluation.report import Provenance, check_report, provenance, write_report
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import load_autoencoder
 from volumes import PHANTOM_CLASSES, PHANTOM_LABELS, UNKNOWN, Volume, make_phantom
@@ -115,6 +115,19 @@ class Figures(TypedDict):
     labels: dict[str, float]
     kinds: dict[str, float]
     by_voxels: dict[str, OfSize]
+
+
+class Report(Provenance):
+    """The JSON file. The figures are by set of volumes: `real` has the set "real" alone."""
+
+    real: dict[str, Figures]
+    autoencoders: NotRequired[dict[str, Figures]]
+    generated: NotRequired[dict[str, Figures]]
+    steps: dict[str, int]
+    loss_weights: dict[str, str]
+    side: int
+    test_phantoms: int
+    load: float
 
 
 def phantoms(first: int, count: int) -> Phantoms:
@@ -351,7 +364,3 @@ def main(args: Sequence[str] | None = None) -> None:
             found["partial, half a mask"] = measure(segmenter, generated(pipe, real, known=half), real, half)
             note("generated", found)
     code(4)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .images import fold_images, image_condition
     from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
+    from .monai_unet import MonaiUNet3D
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
 
@@ -32,6 +33,7 @@ __all__ = [
     "LatentDataset",
     "LatentUNet3D",
     "ModelMixin",
+    "MonaiUNet3D",
     "build_latent_cache",
     "check_guidance",
     "collate_latents",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -47,6 +47,13 @@ class Autoguidance:
     scale: float
 
 
+class Schedule(TypedDict, total=False):
+    """How a scheduler is asked for its steps: one of the two."""
+
+    sigmas: Sequence[float] | np.ndarray
+    num_inference_steps: int
+
+
 def set_timesteps(
     scheduler: Scheduler, num_inference_steps: int, sigmas: Sequence[float] | None, device: torch.device
 ) -> Tensor:
@@ -75,9 +82,8 @@ def set_timesteps(
             raise ValueError(
                 f"sigmas are used unchanged, but {name}'s {', '.join(moved)} would change them; omit either"
             )
-    schedule: dict[str, Any]
     if sigmas is not None:
-        schedule = {"sigmas": np.array(sigmas, np.float64) if name == UNIPC else list(sigmas)}
+        schedule: Schedule = {"sigmas": np.array(sigmas, np.float64) if name == UNIPC else list(sigmas)}
     elif takes_sigmas and name != UNIPC:
         schedule = {"sigmas": np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()}
     else:
@@ -154,6 +160,7 @@ def noised(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tenso
     )
 
 
+# Long: a third are its arguments; it is the one loop of all samplers, edits and guidance, read from top to bottom.
 @torch.no_grad()
 def denoise(
     unet: nn.Module,

@@ -124,6 +124,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     # in float8 these two cost half of the whole error, and hold a twentieth of the weights (norms are never cast)
     _skip_layerwise_casting_patterns = ["conv_in", "conv_out"]
 
+    # Long: a third are its arguments, which diffusers saves as the config and so must be named one by one.
     @register_to_config
     def __init__(
         self,

@@ -1,59 +1,62 @@
 """What all pipelines share: requests are prepared once, then volumes are generated from them. Axes: (B, C, X, Y, Z)."""
 
-import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypedDict
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
-from diffusion import Conditions, LatentUNet3D, check_guidance, denoise, fit_scheduler
+from diffusion import Conditions, LatentUNet3D, check_guidance, denoise
 from diffusion.attention import check_attention_backend
-from diffusion.denoise import Autoguidance, set_timesteps
+from diffusion.denoise import Autoguidance
 from diffusion.distillation import check_guidance_of_student
 from diffusion.guidance import Guidance, autoguidance_in_effect, interval_in_effect
 from diffusion.scheduler_options import Scheduler
 from pipelines.inputs.conditions import (
     check_conditions,
+    check_grid_source,
     condition_tensors,
+    contrasts,
     has_labels,
     image_condition,
-    without_labels,
+    replaced_by,
 )
 from pipelines.inputs.images import check_images, describe_images
-from pipelines.inputs.masks import check_whole, describe_mask, replaced_labels, source_name
-from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
+from pipelines.inputs.masks import check_whole, describe_mask, source_name
+from pipelines.inputs.prepared import EncodedGrid, PreparedGrid, PreparedVolume
 from pipelines.inputs.request import VolumeRequest
 from pipelines.storage.loading import check_autoguidance, check_components, check_fit, check_weak
-from pipelines.storage.output import MedVolumePipelineOutput, check_paths
+from pipelines.storage.output import check_paths
 from pipelines.storage.provenance import (
-    channel_files,
-    header_description,
     recorded_guidance,
     software,
-    synthetic_files,
 )
 from pipelines.storage.record import GenerationRecord
 from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
-from volumes import VoxelError
 from volumes.description import DataDescription
 from volumes.foreground import box_to_json
 
 from .call import CallState, PipelineCalls, StepCallback, StepEnd, one_at_a_time
+from .decoding import VolumeDecoder
 from .lora import LoraMixin
-from .sampling import Sample, SamplingConfig, check_latents, equal_batches, initial_latents, sample_seed
+from .sampling import (
+    Sample,
+    SamplingConfig,
+    check_latents,
+    equal_batches,
+    initial_latents,
+    recorded_scheduler,
+    sample_seed,
+    scheduler_of_call,
+    timed,
+)
 from .volume_processor import OUTPUT_TYPES, VolumeProcessor
-
-
-class NotFinite(VoxelError):
-    """What the autoencoder decoded is not finite."""
 
 
 class Start(TypedDict, total=False):
@@ -62,17 +65,6 @@ class Start(TypedDict, total=False):
     image: torch.Tensor
     strength: float
     region: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class EncodedGrid:
-    """The latents of a grid's images.
-
-    Attributes:
-        condition: the U-Net's "image" (1, k, h, w, d); None for a model without image conditions.
-    """
-
-    condition: torch.Tensor | None
 
 
 class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
@@ -86,7 +78,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
     def __init__(
         self,
-        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D,  # by name: `DiffusionPipeline.from_pipe` compares exact types
+        # by name: `DiffusionPipeline.from_pipe` compares exact types
+        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL,
         unet: LatentUNet3D,
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,
@@ -126,15 +119,15 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         sampling = sampling.filled(self.sampling_settings)
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
         check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale, sampling.without)
-        self._timed_scheduler(sampling)
-        replaced = self._replaced(sampling)
+        timed(self._scheduler(sampling), sampling, self._execution_device)
+        replaced = replaced_by(self.unet, self.data.labels, sampling.without)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
         for request in requests:
             key = request.grid_key
             if key not in read:
                 check_images(self.unet, self.data, request.images)
-                self._check_grid_source(request)
+                check_grid_source(self.unet, request)
                 grid = None
                 if request.mask is not None:
                     of_box = request.image_of_box(self.data.crop)
@@ -144,7 +137,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 elif request.shape is not None:
                     grid = self.volume_processor.preprocess_shape(request.shape)
                 grid = self._add_images(request, grid)
-                record = replace(self.record(request, sampling), scheduler=self._recorded_scheduler(sampling, grid))
+                record = replace(
+                    self.record(request, sampling), scheduler=recorded_scheduler(self._scheduler(sampling, grid))
+                )
                 if replaced and not has_labels(grid.labels, replaced):
                     interval = replace(sampling, guidance_without={}).interval
                     record = replace(record, guidance_without=None, guidance_interval=interval)
@@ -163,24 +158,6 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             raise ValueError(
                 "a request with an edit is for MedVolumeEditPipeline: use MedVolumeEditPipeline.from_pipe(pipe)"
             )
-
-    def _check_grid_source(self, request: VolumeRequest) -> None:
-        """Raises: ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model
-        takes."""
-        has_mask, has_shape = request.mask is not None, request.shape is not None
-        has_images = bool(request.images) or request.edit is not None
-        sources = has_mask + has_shape + (has_images and not has_mask)
-        if self.unet.config["num_labels"] == 0:
-            if has_mask or sources != 1:
-                raise ValueError(
-                    "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, "
-                    "and no mask"
-                )
-        elif not (self.unet.config["condition_dropout"] or {}).get("mask"):
-            if not has_mask or has_shape:
-                raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
-        elif sources != 1:
-            raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) or an image to do without")
 
     def _add_images(self, request: VolumeRequest, grid: PreparedGrid | None) -> PreparedGrid:
         """The grid with the condition images; their own where there is none yet."""
@@ -210,7 +187,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             unet_weak=None if autoguidance == 1 else self.unet_weak_hash,
             guidance_without=sampling.without,
             settings_from=sampling.settings_from,
-            scheduler=self._recorded_scheduler(sampling),
+            scheduler=recorded_scheduler(self._scheduler(sampling)),
             dtype=self._dtypes(),
             mask=None if request.mask is None else describe_mask(request.mask),
             shape=request.shape,
@@ -219,6 +196,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             box_image=None if of_box is None else describe_mask(of_box),
             channels=self.volume_processor.generated(request.images) or None,
             residual_noise=None if self.noise_model is None else sampling.residual_noise,
+            license=self.vae.config.get("license"),
         )
 
     def check_guidance(self, scale: Guidance, volumes: Iterable[PreparedVolume]) -> None:
@@ -230,6 +208,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
     # Prepared volumes -> latents -> volumes
 
+    # Long: half are arguments, its own and those of `denoise`; the rest is the way of a batch, in order.
     @torch.no_grad()
     def generate(
         self,
@@ -262,7 +241,10 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             check_attention_backend(unet, self._execution_device)
         samples = self._samples(volumes, generators, latents, paths, output_type)
         grids = {sample.prepared.shape: sample.prepared.grid for sample in samples}
-        schedulers = {shape: self._timed_scheduler(sampling, grid) for shape, grid in grids.items()}
+        device = self._execution_device
+        schedulers = {shape: timed(self._scheduler(sampling, grid), sampling, device) for shape, grid in grids.items()}
+        noise_model = self.noise_model if sampling.residual_noise else None
+        decoder = VolumeDecoder(self.vae, self.volume_processor, noise_model, output_type)
 
         def in_effect(scale: Guidance) -> float | dict[str, float] | None:
             self.check_guidance(scale, volumes)
@@ -270,7 +252,6 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
         in_effect(sampling.guidance_scale)
         with self._call_state() as state, one_at_a_time(self.vae, *networks):
-            device = self._execution_device
             encoded = {grid: self._encode(grid) for grid in dict.fromkeys(volume.grid for volume in volumes)}
             keys = [(sample.prepared.shape, sample.record.guidance_without is None) for sample in samples]
             for numbers in equal_batches(keys, sampling.batch_size):
@@ -292,7 +273,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
                     autoguidance=self._autoguidance(sampling, conditions),
-                    contrasts=self._contrasts(sampling, prepared, conditions[0]),
+                    contrasts=contrasts(self.unet, self.data.labels, sampling.without, prepared, conditions[0], device),
                     schema=self.unet.condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
@@ -307,7 +288,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     noted["guidance_interval"] = interval_in_effect(sampling.guidance_interval)
                 for sample, latent in zip(batch, denoised, strict=True):
                     sample.record = replace(sample.record, **noted)
-                    self._finish(sample, latent, output_type, sampling.residual_noise)
+                    decoder.finish(sample, latent)
             self.maybe_free_model_hooks()
         return samples
 
@@ -328,23 +309,6 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             return None
         return Autoguidance(self.unet_weak, conditions[1], autoguidance_in_effect(sampling.autoguidance_scale))
 
-    def _replaced(self, sampling: SamplingConfig) -> dict[int, int]:
-        """The label indices that `guidance_without` replaces, and by what. Raises: ValueError for what the model does
-        not know."""
-        if sampling.without is None:
-            return {}
-        return replaced_labels(self.unet, self.data.labels, sampling.without["labels"])
-
-    def _contrasts(
-        self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume], conditions: Conditions
-    ) -> list[tuple[float, Conditions]]:
-        """The conditions from which a batch is guided away, with their scale."""
-        replaced = self._replaced(sampling)
-        if sampling.without is None or conditions.mask is None:
-            return []
-        other = without_labels(self.unet, volumes, conditions, replaced, self._execution_device)
-        return [] if other is None else [(sampling.without["scale"], other)]
-
     def _samples(
         self,
         volumes: Sequence[PreparedVolume],
@@ -355,42 +319,30 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     ) -> list[Sample]:
         """The volumes of a call before the first step. Raises: ValueError for generators, latents, paths, and a type of
         output that cannot be used, and for requests of another pipeline."""
+        self._check_call(volumes, generators, output_type)
+        noises = check_latents(latents, [self._latent_shape(volume.grid) for volume in volumes])
+        begun = zip(volumes, generators, noises, strict=True)
+        seeds = [sample_seed(generator) if noise is None else None for _, generator, noise in begun]
+        records = [replace(volume.record, seed=seed) for volume, seed in zip(volumes, seeds, strict=True)]
+        files = [file for volume in volumes for file in volume.request.files]
+        checked = check_paths(paths, records, output_type, files)
+        return [Sample(*row) for row in zip(volumes, generators, noises, records, checked, strict=True)]
+
+    def _check_call(
+        self, volumes: Sequence[PreparedVolume], generators: Sequence[torch.Generator], output_type: str
+    ) -> None:
+        """Raises: ValueError for an unknown type of output, another number of generators, and requests of another
+        pipeline."""
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         if len(volumes) != len(generators):
             raise ValueError(f"{len(volumes)} volumes and {len(generators)} generators; give one generator per volume")
         self._check_requests(volume.request for volume in volumes)
-        noises: list[Any] = [None] * len(volumes)
-        if latents is not None:
-            noises = check_latents(latents, [self._latent_shape(volume.grid) for volume in volumes])
-        samples = []
-        for volume, generator, noise in zip(volumes, generators, noises, strict=True):
-            seed = sample_seed(generator) if noise is None else None
-            samples.append(Sample(volume, generator, noise, replace(volume.record, seed=seed)))
-        files = [file for volume in volumes for file in volume.request.files]
-        records = [sample.record for sample in samples]
-        for sample, path in zip(samples, check_paths(paths, records, output_type, files), strict=True):
-            sample.path = path
-        return samples
 
-    def _fitted_scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None) -> Scheduler:
-        """A copy of the scheduler that speaks the model's objective, with the model's shift on this grid. Sigmas that
-        the call gives are used unchanged, so they have no shift."""
-        sides = None if grid is None or sampling.sigmas is not None else self._latent_shape(grid)[1:]
-        shift = 1.0 if sides is None else self.unet.timestep_shift(sides)
-        return fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps, shift=shift)
-
-    def _recorded_scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None = None) -> dict[str, object]:
-        """The class and the options of the scheduler, as JSON."""
-        fitted = self._fitted_scheduler(sampling, grid)
-        options = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
-        return {"class": options["_class_name"]} | {k: v for k, v in options.items() if k[0] != "_"}
-
-    def _timed_scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None = None) -> Scheduler:
-        """The scheduler with its timesteps. Raises: ValueError for steps or sigmas that it does not take."""
-        scheduler = self._fitted_scheduler(sampling, grid)
-        set_timesteps(scheduler, sampling.steps, sampling.sigmas, self._execution_device)
-        return scheduler
+    def _scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None = None) -> Scheduler:
+        """The scheduler of a call, on one grid: see `scheduler_of_call`."""
+        sides = None if grid is None else self._latent_shape(grid)[1:]
+        return scheduler_of_call(self.scheduler, self.unet, sampling, sides)
 
     def _latent_shape(self, grid: PreparedGrid) -> tuple[int, int, int, int]:
         """(C, h, w, d) of the latents of a grid."""
@@ -407,70 +359,3 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     def _start(self, batch: Sequence[Sample], encoded: Mapping[PreparedGrid, EncodedGrid]) -> Start:
         """Where the steps of a batch begin: at noise."""
         return {}
-
-    def _finish(self, sample: Sample, latent: torch.Tensor, output_type: str, residual_noise: bool) -> None:
-        """Decode one volume, alone (memory does not grow with the batch), and write it if it has a path. Sets its
-        `output`; or its `fault`, if the voxels are not finite or do not fit the type of the file."""
-        record, grid, path = sample.record, sample.prepared.grid, sample.path
-        try:
-            if output_type == "latent":
-                [sample.output] = _finite([latent], record)
-                return
-            slabs = self.volume_processor.emptied(_finite(self._decode(latent), record), grid)
-            if self.noise_model is not None and residual_noise:
-                generator = sample.generator
-                seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)
-                slabs = self.noise_model.add(slabs, int(seed))
-            description = header_description(record)
-            if path is None:
-                with _naming_seed(record):
-                    sample.output = self.volume_processor.postprocess(slabs, grid, output_type, description)
-                return
-            with synthetic_files(record.to_json(), path) as unfinished, _naming_seed(record):
-                self.volume_processor.write(slabs, grid, unfinished, description)
-            channels = record.channels
-            sample.output = path if not channels else dict(zip(channels, channel_files(path, channels), strict=True))
-        except VoxelError as error:
-            sample.fault = str(error) if path is None else f"{path}: {error}"
-
-    def _decode(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The slabs (C, X, Y, z) of one volume: as the autoencoder streams them, or a single one where it does not."""
-        latents = latent[None].to(self.vae.dtype)
-        if self.vae.tiles([n * s for n, s in zip(latent.shape[1:], self.vae.stride, strict=True)]):
-            for slab in self.vae.decode_slabs(latents):
-                yield slab[0]
-        else:
-            yield self.vae.decode(latents, return_dict=False)[0][0]
-
-
-def call_output(samples: Sequence[Sample], return_dict: bool) -> MedVolumePipelineOutput:
-    """What a call returns. Raises: VoxelError if the voxels of some volumes cannot be written; all others are."""
-    if faults := [sample.fault for sample in samples if sample.fault is not None]:
-        raise VoxelError("\n".join(faults))
-    volumes = [sample.output for sample in samples]
-    if not return_dict:
-        return (volumes,)  # pyright: ignore[reportReturnType]
-    return MedVolumePipelineOutput(volumes=volumes, provenance=[sample.record.to_json() for sample in samples])
-
-
-def _finite(slabs: Iterable[torch.Tensor], record: GenerationRecord) -> Iterator[torch.Tensor]:
-    """The same slabs. Raises: VoxelError naming the volume's seed if a value is not finite."""
-    for slab in slabs:
-        if not torch.isfinite(slab).all():
-            narrow = "float16" in record.dtype.split()  # whose largest number is 65,504
-            remedy = (
-                "use bfloat16 or float32" if narrow else "look for NaN in the weights, the latents and the conditions"
-            )
-            raise NotFinite(f"the volume of seed {record.seed} is not finite in {record.dtype}; {remedy}")
-        yield slab
-
-
-@contextmanager
-def _naming_seed(record: GenerationRecord) -> Iterator[None]:
-    """Name the volume's seed in errors about voxels in the units of its file."""
-    try:
-        yield
-    except NotFinite:
-        raise
-    except VoxelError as error:
-        raise VoxelError(f"the volume of seed {record.seed}: {error}") from error

@@ -13,14 +13,15 @@ from pipelines.inputs.arguments import flag, names, real_number, whole_number
 from pipelines.inputs.images import ImageLike, Images
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM, downsample_region, edit_requests, encoded
 from pipelines.inputs.masks import LabelMap, MaskLike
-from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
+from pipelines.inputs.prepared import EncodedGrid, PreparedGrid, PreparedVolume
 from pipelines.inputs.request import Classes, Numbers, VolumeRequest, call_requests
 from pipelines.storage.loading import register_pipeline
 from pipelines.storage.output import MedVolumePipelineOutput
 from pipelines.storage.record import GenerationRecord
 
-from .base import EncodedGrid, Start, VolumePipeline, call_output
+from .base import Start, VolumePipeline
 from .call import StepEnd
+from .decoding import call_output
 from .sampling import Generators, Sample, SamplingConfig, sample_generators
 
 EndOfStep = Callable[

@@ -14,8 +14,9 @@ from pipelines.inputs.request import Classes, Numbers, call_requests
 from pipelines.storage.loading import register_packages, register_pipeline
 from pipelines.storage.output import MedVolumePipelineOutput
 
-from .base import VolumePipeline, call_output
+from .base import VolumePipeline
 from .call import StepEnd
+from .decoding import call_output
 from .sampling import Generators, SamplingConfig, sample_generators
 
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]

@@ -138,12 +138,17 @@ def prepared_volumes(
         names = ", ".join(task.path.name for task in missing)
         raise ValueError(f"{names}: files changed after they were checked: {error}") from error
     volumes = [task.prepared or next(again) for task in batch]
+    check_unchanged(batch, volumes)
+    return volumes
+
+
+def check_unchanged(batch: Sequence[PlannedVolume], volumes: Sequence[PreparedVolume]) -> None:
+    """Raises: ValueError for a volume that was prepared from other files than it was planned from."""
     for task, volume in zip(batch, volumes, strict=True):
         if volume.record != replace(task.unseeded, checks={}, rejected=None):
             raise ValueError(
                 f"{task.path.name}: its mask or images changed after they were checked; run the command again"
             )
-    return volumes
 
 
 def check_file_names(path: Path, record: GenerationRecord) -> None:

@@ -215,9 +215,18 @@ class Restorer:
 
     def write(self, slabs: Iterable[torch.Tensor], paths: Sequence[Path], description: str) -> None:
         """Write the volume to one file, or to one per channel, see `VolumeProcessor.write`."""
-        if not self.prepared.needs_resampling and (len(paths) == 1 or self.held_dtype() == np.float32):
-            self._write_slabs(self.output_slabs(slabs), paths, description)
-            return
+        parts = self.file_parts()
+        if self.prepared.needs_resampling or (len(paths) > 1 and self.held_dtype() != np.float32):
+            self._write_held(slabs, paths, description)
+        elif len(parts) > 1:
+            self._write_channels(self.output_slabs(slabs), parts, paths, description)
+        else:
+            [(part, dtype)], [path] = parts, paths
+            of_file = (slab[part] for slab in self.output_slabs(slabs))
+            write_slabs(path, of_file, stored_grid(self.prepared.output), dtype, description=description)
+
+    def _write_held(self, slabs: Iterable[torch.Tensor], paths: Sequence[Path], description: str) -> None:
+        """Write a volume that must be whole before it is written."""
         shape = self.prepared.output.shape
         size = 4 * len(self.model.intensity) * math.prod(shape)
         if size > LARGE_BYTES:
@@ -231,14 +240,12 @@ class Restorer:
             assert isinstance(image, nib.Nifti1Image)
             nib.save(image, path)
 
-    def _write_slabs(self, slabs: Iterable[np.ndarray], paths: Sequence[Path], description: str) -> None:
-        """Slabs of all channels in original units to the files in which they belong."""
-        parts, whole = self.file_parts(), self.prepared.output
+    def _write_channels(
+        self, slabs: Iterable[np.ndarray], parts: Sequence[FilePart], paths: Sequence[Path], description: str
+    ) -> None:
+        """Write slabs of all channels in original units to one file per channel."""
+        whole = self.prepared.output
         grid = stored_grid(whole)
-        if len(parts) == 1:
-            [(part, dtype)], [path] = parts, paths
-            write_slabs(path, (slab[part] for slab in slabs), grid, dtype, description=description)
-            return
         plain = Volume(np.broadcast_to(np.float32(0), (1, *whole.shape)), whole.affine)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=paths[0].parent) as hidden:
             together = Path(hidden) / "channels.nii"  # decoded once, read once per file

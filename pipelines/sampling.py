@@ -1,6 +1,7 @@
 """How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its
 result depends on no other volume of the call."""
 
+import json
 from argparse import Namespace
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusion import LatentUNet3D, fit_scheduler
+from diffusion.denoise import set_timesteps
 from diffusion.guidance import (
     Guidance,
     Interval,
@@ -18,7 +22,7 @@ from diffusion.guidance import (
     guidance_in_effect,
     interval_in_effect,
 )
-from diffusion.scheduler_options import MIN_NOISE
+from diffusion.scheduler_options import MIN_NOISE, Scheduler
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
 from pipelines.storage.record import GenerationRecord, WithoutRecord
@@ -258,11 +262,14 @@ def initial_latents(
     return torch.cat(rows)
 
 
-def check_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> list[torch.Tensor]:
-    """`latents` of a call, tensors or arrays (B, C, h, w, d) or a list of (C, h, w, d), as one tensor per volume.
+def check_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> Sequence[torch.Tensor | None]:
+    """`latents` of a call, tensors or arrays (B, C, h, w, d) or a list of (C, h, w, d), as one tensor per volume; None
+    per volume if the call has none.
 
     Raises: ValueError unless there is one of its shape for each volume, of finite real numbers.
     """
+    if latents is None:
+        return [None] * len(shapes)
     rows = listed("latents", latents)
     if len(rows) != len(shapes):
         raise ValueError(f"{len(rows)} latents for {len(shapes)} volumes; give one per volume")
@@ -282,3 +289,24 @@ def check_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> 
             torch.from_numpy(np.ascontiguousarray(array, dtype=wide))
         )  # in the machine's order of bytes, too
     return tensors
+
+
+def scheduler_of_call(
+    scheduler: SchedulerMixin, unet: LatentUNet3D, sampling: SamplingConfig, sides: tuple[int, int, int] | None
+) -> Scheduler:
+    """A copy of the scheduler that speaks the model's objective, with the model's shift for latents of these sides
+    (None for no shift). Sigmas that the call gives are used unchanged, so they have no shift."""
+    shift = 1.0 if sides is None or sampling.sigmas is not None else unet.timestep_shift(sides)
+    return fit_scheduler(scheduler, unet.config["objective"], unet.train_steps, shift=shift)
+
+
+def recorded_scheduler(fitted: Scheduler) -> dict[str, object]:
+    """The class and the options of the scheduler of a call, as JSON."""
+    options = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
+    return {"class": options["_class_name"]} | {k: v for k, v in options.items() if k[0] != "_"}
+
+
+def timed(fitted: Scheduler, sampling: SamplingConfig, device: torch.device) -> Scheduler:
+    """The scheduler of a call, with its timesteps. Raises: ValueError for steps or sigmas that it does not take."""
+    set_timesteps(fitted, sampling.steps, sampling.sigmas, device)
+    return fitted

@@ -330,21 +330,25 @@ class VolumeProcessor:
                 stacklevel=2,
             )
 
-    def emptied(self, slabs: Iterable[torch.Tensor], prepared: PreparedGrid) -> Iterator[torch.Tensor]:
+    def emptied(self, slabs: Iterable[torch.Tensor], prepared: PreparedGrid) -> Iterable[torch.Tensor]:
         """Empty the background of a decoded volume's slabs (C, X, Y, z), for a model of volumes whose background is
         empty (`DataDescription.background_threshold`); others stay as they are.
 
         What is background is set to -inf: residual noise does not change it, and it is written as the lowest
         intensity. It is what the mask says; where no mask says it, what was decoded says it.
         """
-        if self.background_threshold is None:
-            yield from slabs
-            return
+        if (threshold := self.background_threshold) is None:
+            return slabs
+        return self._emptied(slabs, threshold, prepared.labels)
+
+    def _emptied(
+        self, slabs: Iterable[torch.Tensor], threshold: float, known: np.ndarray | None
+    ) -> Iterator[torch.Tensor]:
         start = 0
         for slab in slabs:
-            empty = (slab < self.background_threshold).all(0)
-            if prepared.labels is not None:
-                labels = torch.from_numpy(prepared.labels[..., start : start + slab.shape[3]]).to(slab.device)
+            empty = (slab < threshold).all(0)
+            if known is not None:
+                labels = torch.from_numpy(known[..., start : start + slab.shape[3]]).to(slab.device)
                 empty = torch.where(labels == UNKNOWN, empty, labels == background_index(self.labels))
             start += slab.shape[3]
             yield torch.where(empty, -torch.inf, slab)

@@ -14,14 +14,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def parse_page(description: str | None, report: str, args: Sequence[str] | None) -> argparse.Namespace:
+def parse_page(description: str | None, report: str, args: Sequence[str] | None, **more: str) -> argparse.Namespace:
     """Parse the command line of a program that writes a report's figures into a page: `report` and `--page`.
 
     Args:
         report: help of the argument `report`.
+        more: help of further reports, by option.
     """
     parser = ArgumentParser(description=description)
     parser.add_argument("report", type=Path, help=report)
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
     parser.add_argument("--page", type=Path, required=True, help="Markdown file with the two comments")
     return parser.parse_args(args)
 

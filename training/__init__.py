@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .engine.run import make_accelerator, open_run, run_training
     from .engine.sampling_order import ResumableBatchSampler, derive_seed
     from .engine.step import Training, TrainingStep
-    from .ldm import LdmTrainingStep
     from .ldm_config import LoraConfig, TrainLdmConfig
+    from .ldm_step import LdmTrainingStep
     from .vae import VaeTrainingStep
     from .vae_config import AdversarialConfig, AutoencoderLosses, CropConfig, PerceptualConfig, TrainVaeConfig
     from .vae_losses import AdversarialTrainer, PerceptualLoss

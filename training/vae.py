@@ -34,8 +34,7 @@ from volumes.foreground import background_index
 
 from .background import check_background
 from .build import build_model, initialize_from
-from .engine.averages.power import STORED
-from .engine.learner import Learner
+from .engine.learner import Learner, run_learner
 from .engine.output import save_model
 from .engine.sampling_order import derive_seed
 from .engine.step import Training
@@ -261,16 +260,7 @@ def build_step(
         label_weights: {label index: weight} of `loss_weights`.
         background: see `VaeTrainingStep`.
     """
-    loop = config.loop
-    learner = Learner(
-        "vae",
-        vae,
-        config.optimizer,
-        ema_decay=loop.ema_decay,
-        ema_length=loop.ema_length,
-        max_steps=loop.max_steps,
-        tracked=STORED if loop.ema_snapshots else (),
-    )
+    learner = run_learner("vae", vae, config)
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None
     label_maps = bool(config.data.image_labels)

@@ -115,8 +115,7 @@ def _moved(
     array: Array, shape: tuple[int, int, int], source: Window, target: tuple[int, int, int], to: Window, fill: float
 ) -> Array:
     """Return a new array of `target` voxels: `array[source]` at `to`, `fill` elsewhere."""
-    if tuple(array.shape[-3:]) != shape:
-        raise ValueError(f"this placement takes arrays of {shape} voxels here, got {tuple(array.shape)}")
+    _check_shape(array, shape)
     size = (*array.shape[:-3], *target)
     if not isinstance(array, np.ndarray):
         result = array.new_full(size, fill)
@@ -125,3 +124,8 @@ def _moved(
     moved = np.full(size, fill, dtype=array.dtype)
     moved[to] = array[source]
     return moved
+
+
+def _check_shape(array: np.ndarray | torch.Tensor, shape: tuple[int, int, int]) -> None:
+    if tuple(array.shape[-3:]) != shape:
+        raise ValueError(f"this placement takes arrays of {shape} voxels here, got {tuple(array.shape)}")

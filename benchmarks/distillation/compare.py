@@ -63,7 +63,7 @@ from diffusion import (
 from diffusion.distillation import Teacher
 from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW
 from evaluation.metrics.features import RandomStatistics
-from evaluation.report import check_report, provenance, write_report
+from evaluation.report import Provenance, check_report, provenance, write_report
 from training import OptimizerConfig
 from training.encoder_distance import kernel_distance
 from training.engine.learner import Learner
@@ -74,10 +74,7 @@ from .losses import meanflow_loss, shortcut_loss
 SIDE, TRAINING, BATCH, UNSEEN = 8, 64, 4, 1000
 CALLS, STEPS, PAIRS, GUIDANCE = (1, 2, 4), 20, 4, 2.0
 DROPOUT = {"mask": 0.1}
-LAYERS: dict[str, Any] = {
-    "channels": (16, 32), "strides": (2,), "blocks": (1, 2), "attention": (False, True), "head_dim": 16,
-    "num_labels": 4, "mask_stride": 1, "mask_width": 8, "condition_dropout": DROPOUT,
-}  # fmt: skip
+LABELS = 4
 
 
 class Row(TypedDict):
@@ -94,17 +91,22 @@ class Row(TypedDict):
     steps: int | None
 
 
-class Report(TypedDict):
-    """The JSON file, beside provenance."""
+class Report(Provenance):
+    """The JSON file."""
 
     rows: list[Row]
     guidance: float
     teacher_steps: int
     samples: int
     load: float
-    command: str
-    date: str
-    machine: dict[str, str]
+
+
+def new_network(objective: str = RECTIFIED_FLOW) -> LatentUNet3D:
+    """Return a U-Net with random weights."""
+    return LatentUNet3D(
+        1, 1, channels=(16, 32), strides=(2,), blocks=(1, 2), attention=(False, True), head_dim=16,
+        num_labels=LABELS, mask_stride=1, mask_width=8, condition_dropout=DROPOUT, objective=objective,
+    )  # fmt: skip
 
 
 def phantoms(first: int, count: int) -> tuple[Tensor, Conditions]:
@@ -112,7 +114,7 @@ def phantoms(first: int, count: int) -> tuple[Tensor, Conditions]:
     pairs = [make_phantom(first + number, (SIDE, SIDE, SIDE))[:2] for number in range(count)]
     values, masks = (torch.from_numpy(np.stack([pair[i].array for pair in pairs])) for i in (0, 1))
     standardized = (values.float() - 132) / 223  # as phantoms of all sizes
-    return standardized, Conditions(mask=fold_mask(masks[:, 0], (1, 1, 1), LAYERS["num_labels"]))
+    return standardized, Conditions(mask=fold_mask(masks[:, 0], (1, 1, 1), LABELS))
 
 
 def sample(unet: LatentUNet3D, conditions: Conditions, name: str | None, steps: int, guidance: float) -> Tensor:
@@ -148,7 +150,7 @@ class Bench:
         self.real, self.unseen = phantoms(UNSEEN, samples)
         self.weight = torch.ones(1, 1, SIDE, SIDE, SIDE)
         torch.manual_seed(0)
-        network, steps = LatentUNet3D(1, 1, **LAYERS), teacher_steps
+        network, steps = new_network(), teacher_steps
         self.unet = self._fit(network, partial(training_loss, objective=RECTIFIED_FLOW), 0, steps=steps)[0].eval()
         scheduler = make_scheduler(RECTIFIED_FLOW, name="UniPCMultistepScheduler")
         self.teacher = Teacher(self.unet, scheduler, 8, GUIDANCE, calls=CALLS, pairs=PAIRS)
@@ -207,7 +209,7 @@ class Bench:
     def student(self, name: str, seconds: float, seed: int) -> list[Row]:
         """Train a student with a loss, and measure it at each number of calls."""
         torch.manual_seed(seed)
-        network = LatentUNet3D(1, 1, **LAYERS, objective=FLOW_MAP)
+        network = new_network(FLOW_MAP)
         network.load_state_dict(self.unet.state_dict(), strict=False)
         losses: Mapping[str, Callable[..., Tensor]] = {
             "trajectory": partial(training_loss, objective=FLOW_MAP, teacher=self.teacher),
@@ -235,9 +237,12 @@ def main(args: Sequence[str] | None = None) -> None:
             for seed in options.seeds:
                 rows += bench.student(name, seconds, seed)
                 print(*(f"{row['model']} {row['calls']}: {row['distance']:.3f}" for row in rows[-3:]), flush=True)
-    settings = {"guidance": GUIDANCE, "teacher_steps": options.teacher_steps, "samples": options.samples}
-    write_report(options.output, {"rows": rows, **settings, "load": os.getloadavg()[0], **provenance()})
-
-
-if __name__ == "__main__":
-    run_command(main)
+    report: Report = {
+        "rows": rows,
+        "guidance": GUIDANCE,
+        "teacher_steps": options.teacher_steps,
+        "samples": options.samples,
+        "load": os.getloadavg()[0],
+        **provenance(),
+    }
+    write_report(options.output, report)

@@ -12,7 +12,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
@@ -43,7 +43,7 @@ from diffusion.distillation import Teacher
 from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW
 from diffusion.scheduler_options import Scheduler
 from evaluation.metrics.spectrum import BAND_EDGES, mean_band_power, ratio_db
-from evaluation.report import check_report, provenance, write_report
+from evaluation.report import Provenance, check_report, provenance, write_report
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import load_autoencoder
 from training.distill import load_teacher
@@ -64,6 +64,15 @@ class Row(TypedDict):
     kernel: float
     floor: float
     power: list[float]
+
+
+class Report(Provenance):
+    """The JSON file. `bands` are the edges of the bands of `power`, in cycles a voxel."""
+
+    rows: list[Row]
+    volumes: int
+    bands: list[float]
+    load: float
 
 
 class Bench:
@@ -98,13 +107,22 @@ class Bench:
             noise = torch.randn(item["latents"].shape, generator=torch.Generator().manual_seed(number))
             shift = unet.timestep_shift(noise.shape[2:])
             scheduler = fit_scheduler(own, unet.config["objective"], unet.train_steps, shift=shift)
-            guidance: dict[str, Any] = {}
-            if guide is not None:
-                guidance = {"guidance_scale": guide.guidance, "guidance_interval": guide.interval}
+            weaker = None
             if guide is not None and guide.weak is not None:
-                guidance["autoguidance"] = Autoguidance(guide.weak, item["conditions"], guide.autoguidance)
-            given = {"schema": unet.condition_schema, "num_inference_steps": steps, "count_calls": calls.append}
-            latents.append(denoise(unet, noise, scheduler, item["conditions"], **given, **guidance))
+                weaker = Autoguidance(guide.weak, item["conditions"], guide.autoguidance)
+            sampled = denoise(
+                unet,
+                noise,
+                scheduler,
+                item["conditions"],
+                schema=unet.condition_schema,
+                num_inference_steps=steps,
+                count_calls=calls.append,
+                guidance_scale=1.0 if guide is None else guide.guidance,
+                guidance_interval=None if guide is None else guide.interval,
+                autoguidance=weaker,
+            )
+            latents.append(sampled)
         return latents, calls[0]
 
     @torch.no_grad()
@@ -144,9 +162,11 @@ def main(args: Sequence[str] | None = None) -> None:
         rows.append(bench.row("student", calls, latents))
     for row in rows:
         print(f"{row['model']}, {row['calls']} calls: distance {row['distance']:.3f}, kernel {row['kernel']:.3f}")
-    facts = {"volumes": len(bench.items), "bands": list(BAND_EDGES), "load": os.getloadavg()[0]}
-    write_report(options.output, {"rows": rows, **facts, **provenance()})
-
-
-if __name__ == "__main__":
-    run_command(main)
+    report: Report = {
+        "rows": rows,
+        "volumes": len(bench.items),
+        "bands": list(BAND_EDGES),
+        "load": os.getloadavg()[0],
+        **provenance(),
+    }
+    write_report(options.output, report)

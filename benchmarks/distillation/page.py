@@ -5,21 +5,16 @@ python -m benchmarks.distillation.page docs/distillation.json --student docs/dis
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from cli.command import ArgumentParser, run_command
+from cli.command import run_command
+from tools.markdown import parse_page, rewrite_between, table
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON file of benchmarks.distillation.compare")
-    parser.add_argument("--student", type=Path, help="JSON file of benchmarks.distillation.measure")
-    parser.add_argument("--page", type=Path, required=True, help="Markdown file with the two comments")
-    return parser.parse_args(args)
+    student = "JSON file of benchmarks.distillation.measure"
+    return parse_page(__doc__, "JSON file of benchmarks.distillation.compare", args, student=student)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -27,13 +22,16 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 import numpy as np
 
-from ..speed.report import table
+from evaluation.report import read_report
+
+from .compare import Report
+from .measure import Report as StudentReport
 
 BEGIN = "<!-- distillation: written by benchmarks.distillation.page -->"
 END = "<!-- end of distillation -->"
 
 
-def losses_text(report: dict[str, Any]) -> str:
+def losses_text(report: Report) -> str:
     """Return the table of the losses, as means over the seeds."""
     rows = report["rows"]
     keys = list(dict.fromkeys((row["model"], row["calls"], row["seconds"]) for row in rows))
@@ -41,7 +39,8 @@ def losses_text(report: dict[str, Any]) -> str:
     for model, calls, seconds in keys:
         same = [row for row in rows if (row["model"], row["calls"], row["seconds"]) == (model, calls, seconds)]
         mean = {name: np.mean([row[name] for row in same]) for name in ("distance", "power", "kernel")}
-        steps = "" if seconds is None else f"{np.mean([row['steps'] for row in same]):.0f}"
+        counts = [row["steps"] for row in same if row["steps"] is not None]
+        steps = f"{np.mean(counts):.0f}" if counts else ""
         figures = [f"{mean['distance']:.3f}", f"{mean['power']:+.1f}", f"{mean['kernel']:.3f}"]
         cells.append([model, "" if seconds is None else f"{seconds:g}", steps, str(calls), *figures])
     header = ["model", "seconds", "steps", "calls", "distance", "fine power, dB", "kernel distance"]
@@ -52,7 +51,7 @@ def losses_text(report: dict[str, Any]) -> str:
     )
 
 
-def student_text(report: dict[str, Any]) -> str:
+def student_text(report: StudentReport) -> str:
     """Return the table of a trained student beside its teacher."""
     bands = [f"{low:.2f}-{high:.2f}" for low, high in zip(report["bands"], report["bands"][1:], strict=False)]
     shown = [index for index, band in enumerate(bands) if band in ("0.10-0.15", "0.20-0.25", "0.30-0.35", "0.40-0.45")]
@@ -71,16 +70,7 @@ def student_text(report: dict[str, Any]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite the part of the page. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    text = options.page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{options.page}: needs the lines {BEGIN} and {END}, between which the figures go")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    written = losses_text(json.loads(options.report.read_text()))
+    text = losses_text(read_report(options.report, Report, "benchmarks.distillation.compare"))
     if options.student is not None:
-        written += student_text(json.loads(options.student.read_text()))
-    options.page.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{after}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+        text += student_text(read_report(options.student, StudentReport, "benchmarks.distillation.measure"))
+    rewrite_between(options.page, BEGIN, END, f"\n{text}\n")

@@ -25,7 +25,7 @@ from evaluation.report import read_config
 from files.documents import read_object, read_yaml
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora
-from training import LdmTrainingStep, TrainLdmConfig, TrainVaeConfig, VaeTrainingStep, build_model, ldm, vae
+from training import LdmTrainingStep, TrainLdmConfig, TrainVaeConfig, VaeTrainingStep, build_model, ldm, ldm_step, vae
 from training.engine.precision import resolve_precision
 from training.vae_config import crop_faults
 from volumes import PHANTOM_LABELS, DataConfig
@@ -162,7 +162,7 @@ def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Pat
         raise ValueError(f"model.class is {config.model['class']}; a config with `vae` trains a diffusion.LatentUNet3D")
     if config.lora is not None:
         add_lora(unet, **asdict(config.lora))
-    return Models(config, autoencoder, unet, ldm.build_step(config, unet, autoencoder)), findings
+    return Models(config, autoencoder, unet, ldm_step.build_step(config, unet, autoencoder)), findings
 
 
 def _vae_models(config: TrainVaeConfig) -> tuple[Models, list[Finding]]:

@@ -13,14 +13,16 @@ import torch
 from autoencoder import VolumeAutoencoder
 from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, LatentUNet3D, fold_images, fold_mask
+from pipelines.storage.record import WithoutRecord
 from pipelines.volume_processor import VolumeProcessor
 from volumes import PADDING, Volume, grid_numbers
 from volumes.data.tables import read_number
 from volumes.description import DataDescription, NumberStats
 
 from .inpainting import encoded
+from .masks import replaced_labels
 from .prepared import PreparedGrid, PreparedVolume
-from .request import Classes, Numbers
+from .request import Classes, Numbers, VolumeRequest
 
 LATENT_PLANES = 16  # of the latent grid, whose mask is folded and embedded at once
 FAR = 0.1  # of the training range, beyond which a number is worth a warning
@@ -78,6 +80,25 @@ def check_conditions(
     return chosen, values
 
 
+def check_grid_source(unet: LatentUNet3D, request: VolumeRequest) -> None:
+    """Raise ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model
+    takes."""
+    has_mask, has_shape = request.mask is not None, request.shape is not None
+    has_images = bool(request.images) or request.edit is not None
+    sources = has_mask + has_shape + (has_images and not has_mask)
+    if unet.config["num_labels"] == 0:
+        if has_mask or sources != 1:
+            raise ValueError(
+                "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, "
+                "and no mask"
+            )
+    elif not (unet.config["condition_dropout"] or {}).get("mask"):
+        if not has_mask or has_shape:
+            raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
+    elif sources != 1:
+        raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) or an image to do without")
+
+
 def condition_tensors(
     unet: LatentUNet3D,
     volumes: Sequence[PreparedVolume],
@@ -114,25 +135,35 @@ def has_labels(mask: np.ndarray | None, labels: Iterable[int]) -> bool:
     return mask is not None and bool(np.isin(mask, list(labels)).any())
 
 
-def without_labels(
+def replaced_by(unet: LatentUNet3D, labels: Mapping[int, str], without: WithoutRecord | None) -> dict[int, int]:
+    """Return the label indices that `guidance_without` replaces, and by what; none for None.
+
+    Raises: ValueError for what the model does not know.
+    """
+    return {} if without is None else replaced_labels(unet, labels, without["labels"])
+
+
+def contrasts(
     unet: LatentUNet3D,
+    labels: Mapping[int, str],
+    without: WithoutRecord | None,
     volumes: Sequence[PreparedVolume],
     conditions: Conditions,
-    replaced: Mapping[int, int],
     device: torch.device,
-) -> Conditions | None:
-    """Return the conditions of a batch with the masks' labels `replaced` {index: index in its place}; None if none of
-    the masks has them."""
+) -> list[tuple[float, Conditions]]:
+    """Return the conditions from which a batch is guided away, with their scale: the same with other labels in the
+    masks. Empty if none of the masks has the labels that are replaced."""
+    replaced = replaced_by(unet, labels, without)
     masks = [volume.grid.labels for volume in volumes if volume.grid.labels is not None]
-    if not any(has_labels(mask, replaced) for mask in masks):
-        return None
+    if without is None or conditions.mask is None or not any(has_labels(mask, replaced) for mask in masks):
+        return []
     others = []
     for mask in masks:
         other = mask.copy()
         for label, target in replaced.items():
             other[mask == label] = target
         others.append(other)
-    return replace(conditions, mask=_embedded(unet, others, device))
+    return [(without["scale"], replace(conditions, mask=_embedded(unet, others, device)))]
 
 
 def _embedded(unet: LatentUNet3D, masks: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from pipelines.storage.record import GenerationRecord
 from volumes import Placement, Volume, on_stored_grid
@@ -106,3 +107,14 @@ class PreparedVolume:
         """The conditions that the volume has."""
         mask = set() if self.grid.labels is None else {"mask"}
         return {*self.classes, *self.numbers, *self.request.images, *mask}
+
+
+@dataclass(frozen=True)
+class EncodedGrid:
+    """The latents of a grid's images.
+
+    Attributes:
+        condition: the U-Net's "image" (1, k, h, w, d); None for a model without image conditions.
+    """
+
+    condition: torch.Tensor | None

@@ -44,6 +44,12 @@ def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
     """
     masks = find_masks(patterns, output)
     names = mask_names(masks)
+    check_mask_names(masks, names)
+    return [VolumeRequest(mask, name=name) for mask, name in zip(masks, names, strict=True)]
+
+
+def check_mask_names(masks: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises: ValueError for a name that is unfit for a file, and for two masks whose volumes would have one name."""
     for mask, name in zip(masks, names, strict=True):
         check_name(name, f"the mask {str(mask)!r}, for its volumes")
     places: dict[str, Path] = {}  # of each name
@@ -54,7 +60,6 @@ def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
                 raise ValueError(f"{both}: their volumes would both be called {name}; rename one")
             alike = "" if stems[0] == stems[1] else ", apart from upper and lower case"
             raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
-    return [VolumeRequest(mask, name=name) for mask, name in zip(masks, names, strict=True)]
 
 
 def mask_names(masks: Sequence[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
-from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D, VolumeAutoencoder
+from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D, VolumeAutoencoder
 from diffusion import LatentUNet3D
 from diffusion.guidance import autoguidance_in_effect
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
@@ -150,7 +150,7 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
         raise ValueError(f"{path}: is not a config of a {scheduler_class.__name__}: {error}") from error
 
 
-def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
+def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL:
     """Load the trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference, as the
     class that its config names.
 

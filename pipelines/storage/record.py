@@ -24,6 +24,7 @@ LEFT_OUT = (
     "edit",
     "callback",
     "rejected",
+    "license",
 )  # where they are None
 TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "software": str,
@@ -98,6 +99,7 @@ class GenerationRecord:
         residual_noise: whether it is added; None for a model without it.
         callback: what a callback changed, see `call.StepCallback`: such a volume cannot be generated again from its
             seed.
+        license: of the weights, where volumes that they generate must name it; None for weights without such terms.
         checks: {"copy_check": settings and findings} of each check that the volume passed, see `rejection`.
         rejected: attempts before this one that a check refused; None if nothing was checked.
     """
@@ -129,6 +131,7 @@ class GenerationRecord:
     edit: EditRecord | None = None
     network_calls: int | None = None
     callback: Mapping[str, object] | None = None
+    license: str | None = None
     checks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     rejected: Sequence[Mapping[str, Any]] | None = None
 

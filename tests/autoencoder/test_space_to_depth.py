@@ -19,13 +19,6 @@ FACTORS = [1, 2, (2, 3, 1)]
 DATA = "{phantom: {count: 6, shape: [8, 12, 10]}, validation_fraction: 0.2}"
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def volume(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

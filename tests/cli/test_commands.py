@@ -48,6 +48,8 @@ MODULES += [
         "distillation.compare",
         "distillation.measure",
         "distillation.page",
+        "learning_page",
+        "learning_per_step",
         "lesions_page",
         "small_lesions",
         "timestep_shift",
@@ -58,6 +60,7 @@ MODULES += [
     for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")
 ]
 SCRIPTS = [
+    "convert.py",
     "train_vae.py",
     "train_ldm.py",
     "generate.py",

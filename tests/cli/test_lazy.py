@@ -48,9 +48,10 @@ def test_configs_need_no_torch_and_pipelines_register_at_once():
     code = (
         "import sys, training.engine.config, training.vae_config, training.ldm_config, volumes, evaluation, "
         "autoencoder\nheavy = {'torch', 'diffusers', 'monai', 'accelerate', 'transformers', 'matplotlib', 'nibabel', "
-        "'fsspec'}\nassert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "'fsspec'}\nprint(sorted(heavy & set(sys.modules)))\n"
         "import pipelines\n"
         "from diffusers.pipelines import pipeline_loading_utils\n"
-        "assert 'autoencoder' in pipeline_loading_utils.LOADABLE_CLASSES\n"
+        "print('autoencoder' in pipeline_loading_utils.LOADABLE_CLASSES)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "True"]

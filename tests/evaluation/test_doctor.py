@@ -32,7 +32,7 @@ from evaluation.doctor.memory import (
     unet_inputs,
 )
 from training import TrainLdmConfig, TrainVaeConfig
-from training.ldm import build_step as build_ldm_step
+from training.ldm_step import build_step as build_ldm_step
 from training.vae import build_step as build_vae_step
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, make_phantom, pad_sample
 

@@ -28,7 +28,7 @@ from diffusion import (
 )
 from diffusion.latents.cache import cache_key
 from pipelines import MedVolumePipeline
-from training import initialize_from, ldm
+from training import initialize_from, ldm, ldm_step
 from volumes import DataConfig, VolumeDataset, load_cases
 
 TINY = {"channels": (16,), "strides": (), "blocks": (1,), "attention": (False,)}
@@ -261,10 +261,10 @@ def train(folder: Path, output: Path, *args: str) -> dict[str, float]:
 
 def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatch):
     seen, drawn, previewed = [], [], []
-    loss, figure, denoised = ldm.training_loss, ldm.slices_figure, ldm.denoise
-    monkeypatch.setattr(ldm, "denoise", lambda *a, **k: (previewed.append(a[3].image), denoised(*a, **k))[1])
-    monkeypatch.setattr(ldm, "training_loss", lambda *a, **k: (seen.append(a[3].image), loss(*a, **k))[1])
-    monkeypatch.setattr(ldm, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
+    loss, figure, denoised = ldm_step.training_loss, ldm_step.slices_figure, ldm_step.denoise
+    monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (previewed.append(a[3].image), denoised(*a, **k))[1])
+    monkeypatch.setattr(ldm_step, "training_loss", lambda *a, **k: (seen.append(a[3].image), loss(*a, **k))[1])
+    monkeypatch.setattr(ldm_step, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
     encode, latents = ldm.encode_held_out, []
     monkeypatch.setattr(ldm, "encode_held_out", lambda *a, **k: (latents.extend(made := encode(*a, **k)), made)[1])
     metrics = train(folder, tmp_path)
@@ -312,8 +312,8 @@ def test_channels_in_the_wrong_order_are_refused(folder, tmp_path):
 
 
 def test_an_image_that_is_never_left_out_is_in_previews_too(folder, tmp_path, monkeypatch):
-    conditions, original = [], ldm.denoise
-    monkeypatch.setattr(ldm, "denoise", lambda *a, **k: (conditions.append(a[3].image), original(*a, **k))[1])
+    conditions, original = [], ldm_step.denoise
+    monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (conditions.append(a[3].image), original(*a, **k))[1])
     train(folder, tmp_path, "--data.condition_channels=[ct]", "--model.condition_dropout={}", "--loop.max_steps=1")
     assert conditions[0].shape[1] == 4 and (conditions[0][:, 3] == 1).all()
 

@@ -1,5 +1,6 @@
 """MedVolumePipeline's call: the right grid, the right units, and every volume by itself."""
 
+import itertools
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -162,10 +163,27 @@ def test_seeds_reproduce_with_random_samplers_and_noise_models():
     pipe = tiny_pipeline(objective="epsilon", residual_noise=[level])
     pipe.scheduler = DDPMScheduler(timestep_spacing="trailing")
     mask = mask_image((8, 8, 8))
-    reproduced(pipe, pipe(mask, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)), [mask])
-    reproduced(
-        pipe, pipe([mask] * 2, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)), [mask] * 2
+
+    def sampled(masks, **options):
+        return pipe(masks, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1), **options)
+
+    alone, two = sampled(mask), sampled([mask] * 2)
+    reproduced(pipe, alone, [mask])
+    reproduced(pipe, two, [mask] * 2)
+    assert alone.provenance[0]["seed"] == 1
+    seeds = [record["seed"] for record in two.provenance]
+    assert len({1, *seeds}) == 3
+    volumes = [voxels(volume) for volume in (*alone.volumes, *two.volumes)]
+    assert all(np.abs(one - other).max() > 1 for one, other in itertools.combinations(volumes, 2))
+    # Both take numbers from the generator: the model of noise, and the sampler after its first noise.
+    smooth = sampled(mask, residual_noise=False)
+    assert np.abs(voxels(smooth.volumes[0]) - volumes[0]).max() > 1
+    noise = torch.randn(sampled(mask, output_type="latent").volumes[0].shape)
+    first, second = (
+        pipe(mask, num_inference_steps=STEPS, latents=[noise], generator=seeded(seed), output_type="latent").volumes[0]
+        for seed in (1, 2)
     )
+    assert (first - second).abs().max() > 0.01
 
 
 def test_the_mask_matters(pipe):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -61,34 +62,44 @@ def test_pairs_are_copied_and_the_config_finds_them(tmp_path, few):
     assert set(np.unique(read_mask(cases[1].mask).array)) == {0, 1, 2}
 
 
-def refused(source: Path, tmp_path: Path, few: Path, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def refusal(source: Path, tmp_path: Path, few: Path) -> str:
+    """What the script says of a folder that it refuses, before it writes a table."""
+    with pytest.raises(ValueError) as refused:
         prepare_script("hippocampus")(source, tmp_path / "data", few)
     assert not (tmp_path / "data/subjects.csv").exists()
+    return str(refused.value)
 
 
 def test_another_folder_is_refused_by_name(tmp_path, few):
     source = task04(tmp_path / "t")
     other = json.dumps({"name": "Spleen", "labels": {"0": "background", "1": "spleen"}})
     (source / "dataset.json").write_text(other)
-    refused(source, tmp_path, few, "t: dataset.json describes 'Spleen', not Hippocampus; give the folder")
+    assert re.search(
+        "t: dataset.json describes 'Spleen', not Hippocampus; give the folder", refusal(source, tmp_path, few)
+    )
     (source / "dataset.json").unlink()
-    refused(source, tmp_path, few, "t: has no dataset.json; give the folder that Task04_Hippocampus.tar")
-    refused(tmp_path / "none", tmp_path, few, "none: has no dataset.json")
+    assert re.search(
+        "t: has no dataset.json; give the folder that Task04_Hippocampus.tar", refusal(source, tmp_path, few)
+    )
+    assert re.search("none: has no dataset.json", refusal(tmp_path / "none", tmp_path, few))
 
 
 def test_an_incomplete_folder_is_refused_by_name(tmp_path, few):
-    refused(
-        task04(tmp_path / "a", (1, 2, 4)), tmp_path, few, r"imagesTr/hippocampus_003.nii.gz, labelsTr/hippo.*tar ag"
+    assert re.search(
+        r"imagesTr/hippocampus_003.nii.gz, labelsTr/hippo.*tar ag",
+        refusal(task04(tmp_path / "a", (1, 2, 4)), tmp_path, few),
     )
     source = task04(tmp_path / "b")
     save(np.zeros((4, 5, 7), np.uint8), source / "labelsTr/hippocampus_004.nii.gz")
-    refused(source, tmp_path, few, r"labelsTr/hippocampus_004.nii.gz: has \(4, 5, 7\) voxels, its image \(4, 5, 6\)")
+    assert re.search(
+        r"labelsTr/hippocampus_004.nii.gz: has \(4, 5, 7\) voxels, its image \(4, 5, 6\)",
+        refusal(source, tmp_path, few),
+    )
     save(np.full((4, 5, 6), 3, np.uint8), source / "labelsTr/hippocampus_004.nii.gz")
-    refused(source, tmp_path, few, r"hippocampus_004.nii.gz: has the labels \[3\] beside 0, 1 and 2")
+    assert re.search(r"hippocampus_004.nii.gz: has the labels \[3\] beside 0, 1 and 2", refusal(source, tmp_path, few))
     whole = (source / "imagesTr/hippocampus_001.nii.gz").read_bytes()
     (source / "imagesTr/hippocampus_001.nii.gz").write_bytes(whole[: len(whole) // 2])
-    refused(source, tmp_path, few, "imagesTr/hippocampus_001.nii.gz")
+    assert re.search("imagesTr/hippocampus_001.nii.gz", refusal(source, tmp_path, few))
 
 
 def test_the_split_keeps_subjects_together():

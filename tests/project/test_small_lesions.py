@@ -72,7 +72,8 @@ def test_the_page_shows_each_set_beside_real_phantoms(tmp_path):
     worse = {**real, "dice": 0.9, "contrast": 0.5, "labels": {}, "by_voxels": {"2": real["by_voxels"]["2"]}}
     machine, steps = {"processor": "a CPU"}, {"autoencoder": 10, "diffusion": 20}
     report = {"real": {"real": real}, "generated": {"plain": worse}, "steps": steps, "test_phantoms": 2}
-    report |= {"machine": machine, "command": "a command", "date": "2026-01-02T03"}
+    report |= {"machine": machine, "command": "a command", "date": "2026-01-02T03", "commit": None, "versions": {}}
+    report |= {"loss_weights": {}, "side": 16, "load": 1.0}
     (tmp_path / "r.json").write_text(json.dumps(report))
     page = tmp_path / "page.md"
     page.write_text(f"before\n{lesions_page.BEGIN}\nold\n{lesions_page.END}\nafter\n")

@@ -59,8 +59,8 @@ def run_all(folder: Path, capsys, options: list[str], quick: bool = True) -> lis
     trained = [one for one in COMMANDS if one[0] != "train_vae.py" or Path("recipe/vae.yaml").is_file()]
     for number, (script, main, short) in enumerate(trained):
         words = commands[number]
-        typed, arguments = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).name, words[2:])
-        assert words[0] == "python" and typed == script, words
+        arguments = words[3:] if words[1] == "-m" else words[2:]
+        assert words[0] == "python" and typed(words) == script, words
         AcceleratorState._reset_state(reset_partial_state=True)
         returned = main([*arguments, *short])
         said = capsys.readouterr()
@@ -71,7 +71,13 @@ def run_all(folder: Path, capsys, options: list[str], quick: bool = True) -> lis
     return commands
 
 
-def check_layout(name: str, folder: Path, capsys) -> None:
+def typed(words: list[str]) -> str:
+    """The script or module of a command."""
+    return words[2] if words[1] == "-m" else Path(words[1]).name
+
+
+def check_layout(name: str, folder: Path, capsys) -> list[str]:
+    """Run the commands on a layout, and check what they leave. Returns the scripts of those that were printed."""
     make, options = LAYOUTS[name]
     make(folder / "scans", SUBJECTS)
     commands = run_all(Path("scans"), capsys, options)
@@ -87,19 +93,20 @@ def check_layout(name: str, folder: Path, capsys) -> None:
     report = Path(commands[-1][commands[-1].index("--output") + 1])
     realism = json.loads((folder / report / "realism.json").read_text())
     assert (folder / report / "report.html").is_file() and realism["evaluation"] == "realism"
+    return [typed(words) for words in commands]
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_six_commands(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    check_layout(name, tmp_path, capsys)
+    assert check_layout(name, tmp_path, capsys) == [script for script, *_ in COMMANDS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - set(QUICK)))
 def test_six_commands_for_every_layout(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    check_layout(name, tmp_path, capsys)
+    assert check_layout(name, tmp_path, capsys) == [script for script, *_ in COMMANDS]
 
 
 @pytest.mark.slow

@@ -21,14 +21,6 @@ from training import list_checkpoints
 from training.encoder_distance import EncoderDistance, box
 from training.engine.checkpoints import digest_files
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 ARGS = ["--loop.max_steps=12", "--loop.validate_every=2", "--loop.checkpoint_every=3", "--loop.keep_checkpoints=0"]
 ARGS += ["--loop.previews=0", "--loop.trackers=[]"]
 ERRORS = {2: 6.75, 4: 3.75, 6: 4.5, 8: 5.25, 10: 3.0, 12: 6.0}  # by step; thirds of them are exact
@@ -249,16 +241,6 @@ SAMPLED = ["--data.phantom={count: 12, shape: [12, 12, 12]}", "--data.validation
 SAMPLED += ["--loop.sample_volumes=4", "--loop.best_by=kernel_distance", "--loop.max_steps=7"]
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
-    vae.set_latent_statistics([0.1] * 4, [0.5] * 4)
-    vae.save_pretrained(folder)
-    return folder
-
-
 def figures(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -266,10 +248,10 @@ def figures(folder):
     }
 
 
-def test_generated_volumes_are_compared_with_held_out_ones(tmp_path, vae, monkeypatch):
+def test_generated_volumes_are_compared_with_held_out_ones(tmp_path, vae_folder, monkeypatch):
     """At its own steps, from the same noise, beside a floor that does not move; the losses are those of a run without;
     a resumed run has the same best."""
-    args = [f"--vae={vae}", *SAMPLED]
+    args = [f"--vae={vae_folder}", *SAMPLED]
     plain = run(train_ldm, tmp_path / "plain", *args, "--loop.sample_every=0", "--loop.best_by=loss")
     metrics = run(train_ldm, tmp_path / "whole", *args)
     found = figures(tmp_path / "whole")
@@ -290,13 +272,13 @@ def test_generated_volumes_are_compared_with_held_out_ones(tmp_path, vae, monkey
     assert all((tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text() for name in names)
 
 
-def test_too_few_volumes_to_compare_are_refused(tmp_path, vae):
+def test_too_few_volumes_to_compare_are_refused(tmp_path, vae_folder):
     with pytest.raises(
         ValueError, match="11 training volumes and 1 held-out ones are too few to compare; use 4 or more"
     ):
-        run(train_ldm, tmp_path / "run", f"--vae={vae}", *SAMPLED, "--data.validation_fraction=0.1")
+        run(train_ldm, tmp_path / "run", f"--vae={vae_folder}", *SAMPLED, "--data.validation_fraction=0.1")
     with pytest.raises(ValueError, match="loop.best_by: kernel_distance is not measured; it needs loop.sample_every"):
-        run(train_ldm, tmp_path / "run", f"--vae={vae}", *SAMPLED, "--loop.sample_every=0")
+        run(train_ldm, tmp_path / "run", f"--vae={vae_folder}", *SAMPLED, "--loop.sample_every=0")
 
 
 class Volumes(list):
@@ -310,11 +292,11 @@ class Volumes(list):
         super().__init__({"image": torch.where(fov, image, torch.tensor(-1.0)), "fov": fov} for image in made)
 
 
-def test_the_distance_of_real_volumes_is_near_its_floor(vae):
+def test_the_distance_of_real_volumes_is_near_its_floor(vae_folder):
     """It grows with the difference; what is generated in the padding does not count."""
     levels = np.linspace(-0.5, 0.5, 64)
     training, held_out = Volumes(levels[::2], seed=1), Volumes(levels[1::2], seed=2)
-    distance = EncoderDistance(AutoencoderKL3D.from_pretrained(vae), training)
+    distance = EncoderDistance(AutoencoderKL3D.from_pretrained(vae_folder), training)
     found = []
     for shift in (0.0, 0.1, 0.3):
         like_real = Volumes(levels[1::2] + shift, seed=3)
@@ -333,13 +315,13 @@ def test_the_distance_of_real_volumes_is_near_its_floor(vae):
     assert np.isnan(distance.compare(rows)["kernel_distance"])
 
 
-def test_what_is_outside_the_field_of_view_does_not_count(vae):
+def test_what_is_outside_the_field_of_view_does_not_count(vae_folder):
     """Not in a corner of the box either, which a volume on another grid does not show."""
     volumes = Volumes([0.0, 0.2])
     fov = volumes[0]["fov"].clone()
     fov[:, :6, :6] = False
     item = {"image": torch.where(fov, volumes[0]["image"], torch.tensor(-1.0)), "fov": fov}
-    distance = EncoderDistance(AutoencoderKL3D.from_pretrained(vae), volumes)
+    distance = EncoderDistance(AutoencoderKL3D.from_pretrained(vae_folder), volumes)
     painted = torch.where(fov, item["image"], torch.tensor(1.0))
     rows = [distance.row(one, item, 0, 2) for one in (item["image"], painted)]
     assert np.array_equal(*rows) and np.array_equal(rows[1][0], rows[1][1])

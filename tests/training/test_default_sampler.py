@@ -8,7 +8,7 @@ from tiny import tiny_pipeline
 
 from diffusion.objectives import default_sampler
 from training import LoopConfig, OptimizerConfig
-from training.ldm import build_step
+from training.ldm_step import build_step
 
 EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 

@@ -12,6 +12,7 @@ from torch import nn
 from cli.command import CannotContinue
 from training.engine.averages.power import STORED, MovingAverage, coefficients, overlaps, power_of
 from training.engine.averages.snapshots import Snapshots
+from training.engine.validation.lengths import choose_length
 
 
 def profile(time: int, length: float, steps: int) -> np.ndarray:
@@ -107,7 +108,7 @@ def test_a_run_leaves_the_length_that_validates_best(tmp_path):
     chosen = found.pop("chosen")
     assert written["error"] == min(found.values())  # of the average that is left
     assert set(found) == {"0.05", "0.1", "0.25"} and found[f"{chosen:g}"] == min(found.values())
-    assert loop.validate()["error"] == pytest.approx(min(found.values()))
+    assert loop.measurements.validate()["error"] == pytest.approx(min(found.values()))
     expected = loop.snapshots.average_of(chosen)["weight"]
     assert torch.equal(step.line.average.weight, expected)
     for length, average in step.line.tracked.items():
@@ -172,7 +173,7 @@ def test_a_metric_that_no_item_has_is_not_a_stop(tmp_path, monkeypatch):
     with pytest.raises(CannotContinue, match="loop.best_by error/rare: none of the held-out items has it.* error$"):
         loop.run()
     with pytest.raises(CannotContinue, match="none of the held-out items has it"):
-        loop._choose_length()
+        choose_length(loop.measurements, loop.snapshots)
 
 
 def test_what_cannot_be_chosen_is_refused(tmp_path):

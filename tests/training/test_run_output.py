@@ -39,13 +39,6 @@ from training.engine.run import WRITTEN
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @contextmanager
 def begun(config, data=None, **options):
     """A loop of `test_training.line_loop` in an output that it holds."""

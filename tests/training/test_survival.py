@@ -35,13 +35,6 @@ from training.splits import digests
 from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def weights(run):
     return load_file(list_checkpoints(run / "checkpoints")[-1] / "model.safetensors")["weight"].clone()
 

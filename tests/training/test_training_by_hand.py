@@ -31,7 +31,7 @@ from training import (
     MovingAverage,
     OptimizerConfig,
     derive_seed,
-    ldm,
+    ldm_step,
     learning_rate,
 )
 from training.engine import precision
@@ -39,12 +39,12 @@ from training.engine.loss_spikes import SpikeWatch, StandstillWatch
 from training.engine.muon import Muon
 from training.engine.tracking import Progress
 from training.held_out import EncodedVolumes
-from training.ldm import LdmTrainingStep
+from training.ldm_step import LdmTrainingStep
 from training.splits import PaddedVolumes, digests, load_split
 from training.vae import measure_latents
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
-VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/engine/loop.py)
+VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/engine/)
 
 
 def learner_of(network: nn.Module, **changes: Any) -> Learner:
@@ -346,8 +346,8 @@ def test_a_unet_is_trained_with_its_own_steps_and_loss():
 
 def test_previews_are_sampled_with_the_average(monkeypatch):
     step, used = diffusion_step(), []
-    monkeypatch.setattr(ldm, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
-    monkeypatch.setattr(ldm, "slices_figure", lambda cases: cases)
+    monkeypatch.setattr(ldm_step, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
+    monkeypatch.setattr(ldm_step, "slices_figure", lambda cases: cases)
     item = {
         "latents": torch.zeros(1, CHANNELS, 3, 3, 3),
         "image": torch.zeros(1, 6, 6, 6),
@@ -479,8 +479,8 @@ def test_a_run_validates_previews_and_saves_when_asked_to(tmp_path, monkeypatch)
     happened: list[tuple[str, int]] = []
 
     def watch(name: str) -> None:
-        call = getattr(loop, name)
-        monkeypatch.setattr(loop, name, lambda: (happened.append((name, loop.state.step)), call())[1])
+        call = getattr(loop.measurements, name)
+        monkeypatch.setattr(loop.measurements, name, lambda: (happened.append((name, loop.state.step)), call())[1])
 
     watch("validate")
     watch("preview")

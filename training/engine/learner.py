@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
-from .averages.power import MovingAverage
-from .config import OptimizerConfig
+from .averages.power import STORED, MovingAverage
+from .config import OptimizerConfig, RunConfig
 from .muon import Muon, is_kernel
 from .sharding import local, shard, whole, whole_weights
 
@@ -171,3 +171,17 @@ class Learner(Generic[Model]):
         assert self._full_average is not None
         self._full_average.to("cpu")
         self._is_gathered = False
+
+
+def run_learner(name: str, model: Model, config: RunConfig) -> Learner[Model]:
+    """Return the learner of the network that a run leaves, with the optimizer and the averages of its config."""
+    loop = config.loop
+    return Learner(
+        name,
+        model,
+        config.optimizer,
+        ema_decay=loop.ema_decay,
+        ema_length=loop.ema_length,
+        max_steps=loop.max_steps,
+        tracked=STORED if loop.ema_snapshots else (),
+    )

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,27 +20,25 @@ from cli.stopping import (
     Stopped,
     finishing,
     now_finishing,
-    stop_came,
     stoppable,
 )
 from files.atomic import write_text
 from files.documents import read_object
 
 from .averages.snapshots import Snapshots
-from .best import BestWeights
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
 from .config import LoopConfig, RunConfig, config_changes, read_config, refuse_changes, save_config, to_plain
 from .loss_spikes import SpikeWatch, StandstillWatch
 from .processes import report_peer_failure, stop_asked_anywhere
-from .sampling_order import ResumableBatchSampler, derive_seed, training_batches
-from .step import Generates, Items, TrainingStep
-from .tracking import Progress, RunFile, log_figure
+from .sampling_order import ResumableBatchSampler, seeded, training_batches
+from .step import Items, TrainingStep
+from .tracking import Progress, RunFile
+from .validation.best import BestWeights
+from .validation.lengths import choose_length
+from .validation.measurements import Measurements, is_due
 
 logger = logging.getLogger("training")
-# They keep the seeds of validation noise, training noise, generated volumes and data order apart.
-_VALIDATION = 1 << 32
-_TRAINING = 1 << 33
-_SAMPLES = 1 << 34
+_TRAINING = 1 << 33  # keeps the seeds of its noise apart from those of the data order, and of `Measurements`
 
 
 class Loop:
@@ -82,7 +79,6 @@ class Loop:
             )
         self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
         self.best = BestWeights(accelerator, self.options, step, self.output, len(validation))
-        self.measured: dict[str, dict[str, float]] = {}  # at this step
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.fsdp)
         folder, keep = self.output / "checkpoints", self.options.keep_checkpoints
@@ -93,6 +89,9 @@ class Loop:
         self.state = self._begin_or_resume()
         self.snapshots.begin(self.state.step)
         self.progress = Progress(self.options.max_steps, self.state.step, enabled=accelerator.is_main_process)
+        self.measurements = Measurements(
+            accelerator, self.options, step, validation, self.output, self.best, self.state, self.progress
+        )
 
     def _begin_or_resume(self) -> TrainState:
         saved, described = self.output / "config.yaml", self.output / "volumes.json"
@@ -161,13 +160,13 @@ class Loop:
         finally:
             batches.close()  # ends the processes that load data
         self._warn_if_nothing_was_learned(state.step - state.skipped - taken, before)
-        metrics = self._measure(at_end=True)
-        self.preview()
+        metrics = self.measurements.take(at_end=True)
+        self.measurements.preview()
         if options.export == "best":
             self.best.load()
         lengths = {}
         if options.export == "posthoc":
-            found, metrics = self._choose_length()
+            found, metrics = choose_length(self.measurements, self.snapshots)
             lengths = {"lengths": found}
         if accelerator.is_main_process:
             best = {"metric": state.best_metric, "step": state.best_step, "value": state.best_value}
@@ -203,7 +202,7 @@ class Loop:
                 finite, losses[f"grad_norm/{learner.name}"] = finite and taken, norm
             self.step.after_update(finite)
             state.step += 1
-            self.measured = {}
+            self.measurements.begin_step()
             if not finite:
                 self._warn_of_skipped(parts)
             state.samples += accumulation * options.batch_size * accelerator.num_processes
@@ -221,12 +220,12 @@ class Loop:
                 waited, since = 0.0, time.perf_counter()
             last = state.step == options.max_steps
             if not last:
-                self._measure()
+                self.measurements.take()
                 early = self.best.out_of_patience(state)
-            if not last and not early and _due(state.step, options.preview_every):
-                self.preview()
+            if not last and not early and is_due(state.step, options.preview_every):
+                self.measurements.preview()
             stopped = stop_asked_anywhere(accelerator)
-            if last or early or stopped or _due(state.step, options.checkpoint_every):
+            if last or early or stopped or is_due(state.step, options.checkpoint_every):
                 now_finishing(f"the checkpoint of step {state.step}")
                 written = self.checkpoints.save(state)
                 # A signal that came meanwhile needs no second checkpoint.
@@ -242,63 +241,10 @@ class Loop:
         """Make the validation that an uninterrupted run would have made at the step of the checkpoint: a signal may
         have cut it short, or the run is longer now. Raises: Stopped if a signal comes again."""
         if 0 < self.state.step < self.options.max_steps:
-            self._measure()
+            self.measurements.take()
             if stopped := stop_asked_anywhere(self.accelerator):
                 self.accelerator.end_training()
                 raise Stopped(128 + stopped)
-
-    def _measure(self, at_end: bool = False) -> dict[str, float]:
-        """Validate, and compare generated volumes, where due and not done at this step yet. Returns all of its
-        metrics."""
-        state, options = self.state, self.options
-        due = at_end or (_due(state.step, options.validate_every) and state.validated < state.step)
-        if due and "validation" not in self.measured and (metrics := self.validate()):
-            state.validated = state.step
-            self._judge("validation", metrics)
-        due = at_end or (_due(state.step, options.sample_every) and state.sampled < state.step)
-        if due and options.sample_every and "samples" not in self.measured and (metrics := self.sample()):
-            state.sampled = state.step
-            self._judge("samples", metrics)
-        return {name: value for metrics in self.measured.values() for name, value in metrics.items()}
-
-    def _choose_length(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Load the average of the length whose metric (`loop.best_by`) is best on the held-out items into the learner's
-        average, which is then what the run leaves. All lengths see the same noise. Returns each length's metric, and
-        all metrics of the average that is left.
-
-        Raises: CannotContinue if snapshots are missing, if a signal ended it, and if no metric was finite.
-        """
-        average, metric = self.step.learners[0].average, self.best.metric
-        found: dict[float, float] = {}
-        measured: dict[float, dict[str, float]] = {}
-        by_samples = metric not in self.step.metrics
-        self.snapshots.check_complete(self.state.snapshots)
-        self.snapshots.take(self.state.step)  # a run that ended early has none of its last step
-        for length in self.options.ema_lengths:
-            average.load_state_dict({**average.state_dict(), **self.snapshots.average_of(length)})
-            measured[length] = self.sample(log=False) if by_samples else self.validate(log=False)
-            if not measured[length]:
-                raise CannotContinue("loop.export posthoc: was interrupted; --resume latest compares the lengths again")
-            self.best.check_measured(measured[length])
-            found[length] = measured[length][metric]
-            logger.info("average of length %g: %s %.4g", length, metric, found[length])
-        finite = {length: value for length, value in found.items() if math.isfinite(value)}
-        if not finite:
-            raise CannotContinue(f"loop.export posthoc: {metric} is not finite at any length; use --loop.export last")
-        chosen = (max if self.best.more_is_better else min)(finite, key=lambda length: finite[length])
-        average.load_state_dict({**average.state_dict(), **self.snapshots.average_of(chosen)})
-        logger.info("the run leaves the average of length %g", chosen)
-        others = self.validate(log=False) if by_samples else {}
-        if self.options.sample_every and not by_samples:
-            others = self.sample(log=False)
-        lengths = {f"{length:g}": value for length, value in found.items()} | {"chosen": chosen}
-        return lengths, {**measured[chosen], **others}
-
-    def _judge(self, kind: str, metrics: dict[str, float]) -> None:
-        self.measured[kind] = metrics
-        self.best.judge(metrics, self.state)
-        if (shown := metrics.get(self.best.metric)) is not None:
-            self.progress.show(**{self.best.metric: shown})
 
     def _warn_if_nothing_was_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
         """Warn if weights or loss did not move. `before`: the learners' checksums at the start."""
@@ -312,12 +258,9 @@ class Loop:
     def _generators(self, part: int) -> list[torch.Generator]:
         """Return a generator per sample of this process's batch, seeded by (seed, number of the sample in the run): one
         process with the global batch gets the same noise as several with parts of it."""
-        size, accelerator = self.options.batch_size, self.accelerator
+        size, seed, accelerator = self.options.batch_size, self.options.seed, self.accelerator
         first = self.state.samples + (part * accelerator.num_processes + accelerator.process_index) * size
-        return [self._seeded(self.options.seed, _TRAINING, number) for number in range(first, first + size)]
-
-    def _seeded(self, *numbers: int) -> torch.Generator:
-        return torch.Generator(self.accelerator.device).manual_seed(derive_seed(*numbers))
+        return [seeded(accelerator.device, seed, _TRAINING, number) for number in range(first, first + size)]
 
     @contextlib.contextmanager
     def _gradients_stay_local(self, local: bool):
@@ -379,97 +322,6 @@ class Loop:
         values["skipped_steps"] = self.state.skipped
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)
         self.progress.report(self.state.step, values)
-
-    def validate(self, *, log: bool = True) -> dict[str, float]:
-        """Return the mean of every metric over the held-out items, which the processes share; empty without such items,
-        and if a signal ended it."""
-        accelerator, items = self.accelerator, self.validation
-        self._show_phase("validation", f"the validation at step {self.state.step}")
-        self._gather_averages()
-        if not len(items):
-            return {}
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}  # of the items that have a metric: a label may be absent from some
-        for index in range(accelerator.process_index, len(items), accelerator.num_processes):
-            if stop_came():
-                break
-            generator = self._seeded(self.options.seed, _VALIDATION, index)
-            item = items[index]
-            values = self.step.validate(send_to_device(item, accelerator.device), generator)
-            if wrong := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
-                volume = item.get("name", f"item {index}")
-                logger.warning("step %d: validation volume %s: %s is not finite", self.state.step, volume, wrong)
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + 1
-        metrics: dict[str, float] = {}
-        self.progress.doing()
-        parts = gather_object([(sums, counts)])
-        if stop_asked_anywhere(accelerator):
-            logger.warning("step %d: the validation was cut short", self.state.step)
-            return {}
-        for part, _ in parts:
-            for name, value in part.items():
-                metrics[name] = metrics.get(name, 0.0) + value / sum(others.get(name, 0) for _, others in parts)
-        if log:
-            self._log_validation(metrics, f"{len(items)} items")
-        return metrics
-
-    def sample(self, *, log: bool = True) -> dict[str, float]:
-        """Generate volumes from the conditions of held-out items, always from the same noise, and return how far they
-        are from these. The processes share the volumes. Empty if a signal ended it."""
-        accelerator, items, step = self.accelerator, self.validation, self.step
-        assert isinstance(step, Generates)  # see `BestWeights`
-        self._show_phase("sampling", f"the comparison of generated volumes at step {self.state.step}")
-        self._gather_averages()
-        count = min(self.options.sample_volumes, len(items), step.max_samples)
-        rows = {}
-        for number in range(accelerator.process_index, count, accelerator.num_processes):
-            if stop_came():
-                break
-            generator = torch.Generator().manual_seed(derive_seed(self.options.seed, _SAMPLES, number))
-            item = send_to_device(items[number * len(items) // count], accelerator.device)
-            rows[number] = step.sample(item, number, count, generator)
-        self.progress.doing()
-        parts = gather_object([rows])
-        if stop_asked_anywhere(accelerator):
-            logger.warning("step %d: the comparison of generated volumes was cut short", self.state.step)
-            return {}
-        rows = {number: row for part in parts for number, row in part.items()}
-        metrics = step.compare([rows[number] for number in range(count)])
-        if log:
-            self._log_validation(metrics, f"{count} generated volumes")
-        return metrics
-
-    def _log_validation(self, metrics: Mapping[str, float], of: str) -> None:
-        self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.state.step)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        logger.info("step %d  validation (%s): %s", self.state.step, of, text)
-
-    def _gather_averages(self) -> None:
-        for learner in self.step.learners:
-            learner.gather_average()
-
-    def preview(self) -> None:
-        """Draw the first few held-out items, in the main process; nothing if a signal came."""
-        count = min(self.options.previews, len(self.validation))
-        if stop_asked_anywhere(self.accelerator):
-            return
-        self._show_phase("preview", f"the preview of step {self.state.step}")
-        self._gather_averages()
-        if count and self.accelerator.is_main_process:
-            items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
-            log_figure(self.accelerator, self.step.preview(items), "preview", self.state.step, self.output / "previews")
-        self.progress.doing()
-        self.accelerator.wait_for_everyone()
-
-    def _show_phase(self, short: str, phase: str) -> None:
-        self.progress.doing(short)
-        now_finishing(f"{phase}, then saving")  # no effect after the last checkpoint, when a signal ends at once
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def content_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:

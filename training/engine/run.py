@@ -17,7 +17,6 @@ from files.locks import only_writer
 from files.writable import check_output_folder
 
 from .averages.snapshots import SNAPSHOTS
-from .best import BEST
 from .checkpoints import list_checkpoints
 from .config import LoopConfig, RunConfig, save_config
 from .loop import Loop
@@ -27,6 +26,7 @@ from .processes import check_together, how_to_resume, on_cpu, report_peer_failur
 from .sharding import check_sharding
 from .step import Training
 from .tracking import LOGS, choose_trackers, start_trackers
+from .validation.best import BEST
 
 Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger("training")

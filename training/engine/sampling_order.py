@@ -23,6 +23,11 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def seeded(device: torch.device, *numbers: int) -> torch.Generator:
+    """Return a generator with the seed that is derived from the numbers."""
+    return torch.Generator(device).manual_seed(derive_seed(*numbers))
+
+
 class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index) keys for one process.
 

@@ -145,27 +145,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._compose()
-        if self.phantom is not None:
-            given = [
-                name
-                for name in (
-                    "images",
-                    "image_labels",
-                    "masks",
-                    "table",
-                    "units",
-                    "axes",
-                    "split",
-                    "subject",
-                    "group_by",
-                    "resample_to",
-                )
-                if getattr(self, name)
-            ]
-            if given:
-                raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
-        elif not self.images:
-            raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
+        self._check_source()
         for channel in self.patterns if isinstance(self.images, dict) else ():
             check_name(channel, "data: images, for files of this channel")
         if self.split and self.test_fraction:
@@ -205,6 +185,30 @@ class DataConfig:
             raise ValueError(
                 f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.patterns)}"
             )
+
+    def _check_source(self) -> None:
+        """Raises: ValueError unless there are either files or phantoms."""
+        if self.phantom is not None:
+            given = [
+                name
+                for name in (
+                    "images",
+                    "image_labels",
+                    "masks",
+                    "table",
+                    "units",
+                    "axes",
+                    "split",
+                    "subject",
+                    "group_by",
+                    "resample_to",
+                )
+                if getattr(self, name)
+            ]
+            if given:
+                raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
+        elif not self.images:
+            raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
 
     def _compose(self) -> None:
         """Names of columns, values and channels in NFC, as tables are read."""

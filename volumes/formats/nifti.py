@@ -157,17 +157,20 @@ def check_voxels(array: np.ndarray, dtype: np.dtype) -> None:
 
 def image_on_grid(array: np.ndarray, source: SourceGrid, description: str = "") -> nib.Nifti1Image:
     """Return voxels (I, J, K) or (I, J, K, C) in stored order as an image with the header of their grid."""
-    if len(description.encode()) > DESCRIPTION_BYTES:
-        raise ValueError(
-            f"a NIfTI description has at most {DESCRIPTION_BYTES} bytes, not {len(description.encode())}: "
-            f"{description!r}"
-        )
+    check_description(description)
     image = nib.Nifti1Image(array, source.affine)
     image.set_sform(source.affine, source.sform_code)
     image.set_qform(source.qform if source.qform is not None else source.affine, source.qform_code)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()
     return image
+
+
+def check_description(description: str) -> None:
+    """Raises: ValueError for a description that the header of a NIfTI file has no room for."""
+    length = len(description.encode())
+    if length > DESCRIPTION_BYTES:
+        raise ValueError(f"a NIfTI description has at most {DESCRIPTION_BYTES} bytes, not {length}: {description!r}")
 
 
 def write_volume(volume: Volume, path: str | os.PathLike, *, description: str = "") -> None:

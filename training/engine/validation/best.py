@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from cli.command import CannotContinue
 from files.atomic import remove_folder
-
-from .checkpoints import BEST_WEIGHTS, TrainState
-from .config import MIN_SAMPLE, LoopConfig
-from .learner import Learner
-from .output import replacing
-from .step import Generates, TrainingStep
+from training.engine.checkpoints import BEST_WEIGHTS, TrainState
+from training.engine.config import MIN_SAMPLE, LoopConfig
+from training.engine.learner import Learner
+from training.engine.output import replacing
+from training.engine.step import Generates, TrainingStep
 
 logger = logging.getLogger("training")
 BEST = "best"  # folder in the output

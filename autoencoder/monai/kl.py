@@ -1,0 +1,161 @@
+"""MonaiAutoencoderKL: MONAI's autoencoder with GroupNorm and attention, as one of ours. Axes: (B, C, X, Y, Z).
+
+The layers are MONAI's own, so that weights trained elsewhere compute what they computed there; `interop` converts them.
+GroupNorm needs the statistics of the whole volume, so this autoencoder codes volumes in one piece only.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from monai.networks.nets.autoencoderkl import AutoencoderKL
+from torch import Tensor, nn
+
+from autoencoder.base import LIVE_ACTIVATIONS, SLAB_BYTES, LatentMean, LatentStd, VolumeAutoencoder
+from autoencoder.layers import as_stride
+from autoencoder.posterior import DiagonalGaussian3D
+from cli.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
+    """`monai.networks.nets.AutoencoderKL`, and MAISI's `AutoencoderKlMaisi`, which is the same but for how it
+    upsamples (Rombach et al. 2022; Guo et al. 2024).
+
+    Args:
+        in_channels, out_channels: channels of the volume.
+        latent_channels: channels of the latents.
+        channels: width of each level, finest first; each level but the first halves every side.
+        num_res_blocks: residual blocks per level.
+        attention_levels: whether each level has self-attention.
+        norm_num_groups, norm_eps: of GroupNorm.
+        encoder_attention, decoder_attention: whether the coarsest level ends, or starts, with attention between two
+            more residual blocks (MONAI's with_encoder_nonlocal_attn, with_decoder_nonlocal_attn).
+        attention_output: whether attention ends in a linear layer (MONAI's include_fc).
+        upsampling: "nearest" (MONAI), "trilinear" (MAISI), each before a convolution, or "transposed" convolutions.
+        value_range: the intensities that the original takes for our -1 and 1; MAISI's are 0 and 1.
+        latents_mean, latents_std: statistics of the raw latents: 0, and one over the original's scale factor.
+        channel_names: names of several image channels, in order.
+        license: of the weights, where generated volumes must name it.
+        data: how its training volumes were prepared (`volumes.data.preprocessing`).
+        subjects: records of the training subjects (`volumes.data.subjects`).
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["AEKLResBlock"]
+    _repeated_blocks = ["AEKLResBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt = 1,
+        latent_channels: PositiveInt = 4,
+        channels: Sequence[PositiveInt] = (64, 128, 256),
+        num_res_blocks: Sequence[NonNegativeInt] = (2, 2, 2),
+        attention_levels: Sequence[bool] = (False, False, False),
+        norm_num_groups: PositiveInt = 32,
+        norm_eps: PositiveFloat = 1e-6,
+        encoder_attention: bool = False,
+        decoder_attention: bool = False,
+        attention_output: bool = False,
+        upsampling: str = "nearest",
+        value_range: Sequence[FiniteFloat] = (-1.0, 1.0),
+        latents_mean: Sequence[LatentMean] | None = None,
+        latents_std: Sequence[LatentStd] | None = None,
+        channel_names: Sequence[str] | None = None,
+        license: str | None = None,
+        data: dict[str, object] | None = None,
+        subjects: Sequence[Any] | None = None,
+    ):
+        super().__init__()
+        if not len(channels) == len(num_res_blocks) == len(attention_levels):
+            raise ValueError(
+                f"channels {channels}, num_res_blocks {num_res_blocks} and attention_levels {attention_levels} need "
+                "one entry per level"
+            )
+        if upsampling not in ("nearest", "trilinear", "transposed"):
+            raise ValueError(f"upsampling is {upsampling!r}; it is nearest, trilinear or transposed")
+        if len(value_range) != 2 or value_range[0] >= value_range[1]:
+            raise ValueError(f"value_range is {value_range!r}; give two numbers, the smaller one first")
+        self.patch_size = as_stride(1)
+        self.stride = as_stride(2 ** (len(channels) - 1))
+        network = AutoencoderKL(
+            spatial_dims=3,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_res_blocks=num_res_blocks,
+            channels=channels,
+            attention_levels=attention_levels,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            norm_eps=norm_eps,
+            with_encoder_nonlocal_attn=encoder_attention,
+            with_decoder_nonlocal_attn=decoder_attention,
+            use_convtranspose=upsampling == "transposed",
+            include_fc=attention_output,
+        )
+        self.encoder, self.decoder = network.encoder, network.decoder
+        self.quant_conv_mu, self.quant_conv_log_sigma = network.quant_conv_mu, network.quant_conv_log_sigma
+        self.post_quant_conv = network.post_quant_conv
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Upsample) and upsampling == "trilinear":
+                module.mode = "trilinear"
+        self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+        self._check_statistics(latents_mean, latents_std)
+
+    def activation_bytes(self, shape: Sequence[int], batch: int = 1) -> int:
+        """Estimate the bytes that encoding or decoding `shape` (X, Y, Z) voxels takes, as `VolumeAutoencoder` does. An
+        upsampled volume still has the channels of the coarser level.
+        """
+        widths = self.config["channels"]
+        largest = max(widths[0], *widths[1:2])
+        elements = math.prod(shape) * batch * largest
+        return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
+
+    def tiles(self, shape: Sequence[int], batch: int = 1) -> bool:
+        """Return False: GroupNorm needs the whole volume."""
+        return False
+
+    def enable_tiling(self, slab_bytes: int = SLAB_BYTES) -> None:
+        """Raise ValueError: GroupNorm needs the whole volume."""
+        raise ValueError(
+            f"{type(self).__name__} codes volumes in one piece: its GroupNorms need the whole volume, and slabs would "
+            "give other voxels"
+        )
+
+    @apply_forward_hook
+    def encode_slabs(self, slabs: Iterable[Tensor]) -> Iterator[DiagonalGaussian3D]:
+        """Encode consecutive slabs (B, C, X, Y, z) along the third axis, which are joined first. Yields one posterior.
+
+        Raises: ValueError as `encode`, and if there are no slabs.
+        """
+        pieces = list(slabs)
+        if not pieces:
+            raise ValueError("there are no slabs to encode")
+        yield self.encode(torch.cat(pieces, dim=4), return_dict=False)[0]
+
+    @apply_forward_hook
+    def decode_slabs(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode latents (B, latent_channels, h, w, d). Yields the volume (B, C, X, Y, Z) as one slab."""
+        yield self._decode(z)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        scale, shift = self._intensity()
+        hidden = self.encoder(x * scale + shift)
+        return torch.cat([self.quant_conv_mu(hidden), self.quant_conv_log_sigma(hidden)], dim=1)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
+        scale, shift = self._intensity()
+        return (self.decoder(self.post_quant_conv(z * std + mean)) - shift) / scale
+
+    def _intensity(self) -> tuple[float, float]:
+        """Return scale and shift from our intensities to the original's."""
+        low, high = self.config["value_range"]
+        return (high - low) / 2, (high + low) / 2
+
+    def _distribution(self, encoded: Tensor) -> DiagonalGaussian3D:
+        return DiagonalGaussian3D(encoded, *self._statistics(encoded))

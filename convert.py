@@ -1,0 +1,62 @@
+"""Convert weights that others trained, of MAISI and MONAI, into a folder of ours.
+
+    medvolume convert --from maisi-rflow-ct --weights NV-Generate-CT --output weights/maisi-rflow-ct
+    medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
+        --output weights/own
+
+Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
+tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
+and provenance.json with the checksums of the files.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli.command import ArgumentParser, run_command
+from cli.settings import FiniteFloat, Number, PositiveFloat
+from files.shipped import expand_path
+from interop.formats import FORMATS
+
+
+def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    listing = "\n".join(f"  {name:<22} {kind.help}" for name, kind in FORMATS.items())
+    parser = ArgumentParser(description=__doc__, epilog=f"formats:\n{listing}")
+    parser.add_argument("--from", dest="format", required=True, choices=FORMATS, metavar="FORMAT", help="see below")
+    weights_help = "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format"
+    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help=weights_help)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    network_help = "JSON file with the arguments of MONAI's class, for weights that you trained"
+    parser.add_argument("--network", type=Path, metavar="FILE", help=network_help)
+    range_help = "intensities between which the autoencoder's training volumes lay, for weights that you trained"
+    parser.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)
+    scale_help = "what the diffusion model's training multiplied latents by (the file's own, if it has one)"
+    parser.add_argument("--scale_factor", type=Number(PositiveFloat), help=scale_help)
+    license_help = "license of the weights that you give; every generated volume will name it"
+    parser.add_argument("--license", metavar="TEXT", help=license_help)
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(parse)
+
+from interop.convert import convert
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Convert what the command line names. Raises: ValueError naming the file and what does not fit."""
+    options = parse(args)
+    weights = Path(expand_path(str(options.weights)))
+    parts = convert(
+        options.format,
+        weights,
+        options.output,
+        network=options.network,
+        value_range=None if options.value_range is None else tuple(options.value_range),
+        scale_factor=options.scale_factor,
+        license=options.license,
+    )
+    for part in parts:
+        dropped = f", {len(part.dropped)} unused ones left out" if part.dropped else ""
+        print(f"{options.output / part.peer.folder}: {len(part.names)} tensors of {part.source.path.name}{dropped}")

@@ -1,0 +1,134 @@
+"""The formats that can be converted: which files, which classes of MONAI with which arguments, whose license.
+
+Facts of MAISI are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0). The files themselves could
+not be had where this was written; their layout is that of the scripts that wrote them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+OUT_PROJ = r".+\.(?:attentions\.\d+|attention)\.attn\.out_proj\.(?:weight|bias)"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a format.
+
+    Attributes:
+        peers: classes of MONAI that it may be; the first unless the arguments name one (`_target_`).
+        arguments: of the class; None where the user gives them (`--network`).
+        files: its file's names in a folder, newest first.
+        dropped: a pattern of tensors that its files hold and its class never used.
+    """
+
+    peers: Sequence[str]
+    arguments: Mapping[str, object] | None = None
+    files: Sequence[str] = ()
+    dropped: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a file or folder of weights is.
+
+    Attributes:
+        help: one line for `--help`.
+        parts: its networks; the autoencoder first.
+        value_range: intensities that the autoencoder takes for our -1 and 1; None where the user gives them.
+        license: of the weights, for the model card.
+        restricted: what every generated volume must say of the license; None where nothing is forbidden.
+        source: where the weights are published.
+    """
+
+    help: str
+    parts: Sequence[Part]
+    value_range: Sequence[float] | None = None
+    license: str | None = None
+    restricted: str | None = None
+    source: str | None = None
+
+
+_MAISI_VAE: Mapping[str, object] = {
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 4,
+    "num_channels": [64, 128, 256],
+    "num_res_blocks": [2, 2, 2],
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+    "attention_levels": [False, False, False],
+    "with_encoder_nonlocal_attn": False,
+    "with_decoder_nonlocal_attn": False,
+    "include_fc": False,
+}
+_MAISI_UNET: Mapping[str, object] = {
+    "spatial_dims": 3,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_channels": [64, 128, 256, 512],
+    "num_res_blocks": 2,
+    "attention_levels": [False, False, True, True],
+    "num_head_channels": [0, 0, 32, 32],
+    "include_spacing_input": True,
+}
+_DDPM = {**_MAISI_UNET, "include_top_region_index_input": True, "include_bottom_region_index_input": True}
+_RFLOW = {**_MAISI_UNET, "include_fc": True, "resblock_updown": True, "num_class_embeds": 128}
+_VAE_V1 = Part(["AutoencoderKlMaisi"], _MAISI_VAE, ["autoencoder_v1.pt", "autoencoder_epoch273.pt"])
+_VAE_V2 = Part(["AutoencoderKlMaisi"], _MAISI_VAE, ["autoencoder_v2.pt"])
+_OPEN = "NVIDIA Open Model License"
+_RESEARCH = "non-commercial research only, also for derivatives (NVIDIA, LICENSE.weights of NV-Generate-MR, 3.2, 3.3)"
+
+
+def _rflow(name: str, file: str, vae: Part, **of_format: str) -> Format:
+    unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file])
+    return Format(f"MAISI {name}: autoencoder and U-Net", [vae, unet], value_range=(0.0, 1.0), **of_format)
+
+
+FORMATS: dict[str, Format] = {
+    "monai-autoencoderkl": Format(
+        "MONAI's AutoencoderKL, or AutoencoderKlMaisi, that you trained (--network, --value_range)",
+        [Part(["AutoencoderKL", "AutoencoderKlMaisi"])],
+    ),
+    "monai-diffusion-unet": Format(
+        "MONAI's DiffusionModelUNet, or DiffusionModelUNetMaisi, that you trained (--network)",
+        [Part(["DiffusionModelUNet", "DiffusionModelUNetMaisi"])],
+    ),
+    "maisi-ddpm-ct": Format(
+        "MAISI v1, DDPM, CT: autoencoder and U-Net",
+        [
+            _VAE_V1,
+            Part(
+                ["DiffusionModelUNetMaisi"],
+                _DDPM,
+                ["diff_unet_3d_ddpm-ct.pt", "diff_unet_ckpt_epoch19350.pt"],
+                dropped=OUT_PROJ,
+            ),
+        ],
+        value_range=(0.0, 1.0),
+        license=_OPEN,
+        source="https://huggingface.co/nvidia/NV-Generate-CT",
+    ),
+    "maisi-rflow-ct": _rflow(
+        "rectified flow, CT",
+        "diff_unet_3d_rflow-ct.pt",
+        _VAE_V1,
+        license=_OPEN,
+        source="https://huggingface.co/nvidia/NV-Generate-CT",
+    ),
+    "maisi-rflow-mr": _rflow(
+        "rectified flow, MR",
+        "diff_unet_3d_rflow-mr.pt",
+        _VAE_V2,
+        license=_RESEARCH,
+        restricted=_RESEARCH,
+        source="https://huggingface.co/nvidia/NV-Generate-MR",
+    ),
+    "maisi-rflow-mr-brain": _rflow(
+        "rectified flow, brain MR",
+        "diff_unet_3d_rflow-mr-brain_v1.pt",
+        _VAE_V1,
+        license=_OPEN,
+        source="https://huggingface.co/nvidia/NV-Generate-MR-Brain",
+    ),
+}

@@ -1,0 +1,182 @@
+"""MONAI's classes in terms of ours: arguments, defaults, and the names of their tensors."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoencoder.model import VolumeModel
+from autoencoder.monai.kl import MonaiAutoencoderKL
+from diffusion.monai_unet import MonaiUNet3D
+
+Renames = Sequence[tuple[str, str]]
+
+# Arguments that change time or memory alone, or training.
+WITHOUT_EFFECT = frozenset(
+    "use_flash_attention use_checkpoint use_checkpointing num_splits dim_split norm_float16 print_info save_mem "
+    "dropout_cattn _target_ _desc_ _disabled_".split()
+)
+# In weights of MONAI Generative, before MONAI 1.4, these had other names.
+OLD_AUTOENCODER: Renames = (
+    (r"((?:en|de)coder\.blocks\.\d+)\.(to_[qkv])\.(weight|bias)", r"\1.attn.\2.\3"),
+    (r"((?:en|de)coder\.blocks\.\d+)\.proj_attn\.(weight|bias)", r"\1.attn.out_proj.\2"),
+    (r"(decoder\.blocks\.\d+)\.conv\.conv\.(weight|bias)", r"\1.postconv.conv.\2"),
+)
+MAISI_AUTOENCODER: Renames = (
+    (r"(decoder\.blocks\.\d+)\.conv\.conv\.conv\.(weight|bias)", r"\1.postconv.conv.\2"),
+    (r"(encoder\.blocks\.\d+\.conv)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
+    (r"((?:en|de)coder\.blocks\.\d+(?:\.conv1|\.conv2|\.nin_shortcut)?)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
+)
+UNET: Renames = (
+    (r"(.+\.(?:attentions\.\d+|attention))\.(to_[qkv])\.(weight|bias)", r"network.\1.attn.\2.\3"),
+    (r"(.+\.(?:attentions\.\d+|attention))\.proj_attn\.(weight|bias)", r"network.\1.attn.out_proj.\2"),
+    (r"(.+\.transformer_blocks\.\d+\.attn[12])\.to_out\.0\.(weight|bias)", r"network.\1.out_proj.\2"),
+    (r"(up_blocks\.\d+\.upsampler)\.conv\.conv\.(weight|bias)", r"network.\1.postconv.conv.\2"),
+    (r"(.+)", r"network.\1"),
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A class of MONAI.
+
+    Attributes:
+        model: our class that computes the same.
+        folder: its place in a pipeline.
+        arguments: MONAI's names of arguments, and ours.
+        defaults: what MONAI takes for arguments that are not given, by our names.
+        renames: patterns of the names of its tensors, and ours; the first that fits counts, others keep their names.
+        marker: the beginning of names that tells its weights from those of other classes.
+    """
+
+    model: type[VolumeModel]
+    folder: str
+    arguments: Mapping[str, str]
+    defaults: Mapping[str, object]
+    renames: Renames
+    marker: str
+
+
+_SHARED = {
+    **{name: name for name in ("in_channels", "out_channels", "channels", "num_res_blocks", "attention_levels")},
+    **{name: name for name in ("norm_num_groups", "norm_eps")},
+    "num_channels": "channels",
+    "include_fc": "attention_output",
+}
+_AUTOENCODER = _SHARED | {
+    "latent_channels": "latent_channels",
+    "with_encoder_nonlocal_attn": "encoder_attention",
+    "with_decoder_nonlocal_attn": "decoder_attention",
+}
+_UNET = _SHARED | {
+    **{name: name for name in ("resblock_updown", "num_head_channels", "transformer_num_layers")},
+    **{name: name for name in ("cross_attention_dim", "num_class_embeds", "upcast_attention")},
+}
+_AUTOENCODER_DEFAULTS = {
+    "num_res_blocks": 2,
+    "channels": [32, 64, 64, 64],
+    "attention_levels": [False, False, True, True],
+    "latent_channels": 3,
+    "encoder_attention": True,
+    "decoder_attention": True,
+    "attention_output": True,
+    "upsampling": "nearest",
+}
+_MAISI_DEFAULTS = {
+    "latent_channels": 3,
+    "encoder_attention": False,
+    "decoder_attention": False,
+    "attention_output": False,
+    "upsampling": "trilinear",
+}
+_UNET_DEFAULTS = {
+    "num_res_blocks": 2,
+    "channels": [32, 64, 64, 64],
+    "attention_levels": [False, False, True, True],
+    "num_head_channels": 8,
+    "attention_output": True,
+}
+PEERS = {
+    "AutoencoderKL": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _AUTOENCODER_DEFAULTS, OLD_AUTOENCODER, "encoder."),
+    "AutoencoderKlMaisi": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _MAISI_DEFAULTS, MAISI_AUTOENCODER, "encoder."),
+    "DiffusionModelUNet": Peer(MonaiUNet3D, "unet", _UNET, _UNET_DEFAULTS, UNET, "down_blocks."),
+    "DiffusionModelUNetMaisi": Peer(
+        MonaiUNet3D,
+        "unet",
+        _UNET | {"include_spacing_input": "takes_spacing"},
+        _UNET_DEFAULTS | {"attention_output": False},
+        UNET,
+        "down_blocks.",
+    ),
+}
+
+
+def peer_of(arguments: Mapping[str, Any], among: Sequence[str]) -> str:
+    """Return the class that `arguments` are of: by `_target_`, or the first of `among`.
+
+    Raises: ValueError for a class that is not one of `among`.
+    """
+    target = arguments.get("_target_", among[0])
+    name = target.rpartition(".")[2] if isinstance(target, str) else ""
+    if name not in among:
+        raise ValueError(f"_target_ is {target!r:.80}; it is {' or '.join(among)}")
+    return name
+
+
+def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
+    """Return the config of our class for the arguments that MONAI's class had.
+
+    Raises: ValueError for an argument that it does not have, for one that would make another network than ours, and for
+        expressions, which are never evaluated.
+    """
+    given = {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
+    if expressions := [name for name, value in given.items() if isinstance(value, str)]:
+        raise ValueError(
+            f"{', '.join(expressions)}: expressions and references are not evaluated; write the values out"
+        )
+    regions = {given.pop(f"include_{end}_region_index_input", None) or False for end in ("top", "bottom")}
+    fixed = {"spatial_dims": (3, None), "use_combined_linear": (False, None)}
+    for name, values in fixed.items():
+        if given.pop(name, None) not in values:
+            raise ValueError(f"{name} is {arguments[name]!r}; only {values[0]!r} can be converted")
+    attends, transposed = given.pop("with_conditioning", None), given.pop("use_convtranspose", False)
+    if attends is not None and attends != (given.get("cross_attention_dim") is not None):
+        raise ValueError("with_conditioning and cross_attention_dim belong together; give both or neither")
+    if "channels" in given and "num_channels" in given:
+        raise ValueError("channels and num_channels are the same argument; give one")
+    if unknown := sorted(given.keys() - peer.arguments.keys()):
+        raise ValueError(f"{', '.join(unknown)}: not an argument of this class; it takes {', '.join(peer.arguments)}")
+    config: dict[str, object] = {**peer.defaults, **{peer.arguments[name]: value for name, value in given.items()}}
+    if regions != {False}:
+        if regions != {True} or "takes_spacing" not in peer.arguments.values():
+            raise ValueError(
+                "include_top_region_index_input and include_bottom_region_index_input: give both or neither"
+            )
+        config["takes_regions"] = True
+    if transposed:
+        config["upsampling"] = "transposed"
+    for name in ("num_res_blocks", "num_head_channels"):
+        if isinstance(config.get(name), int) and isinstance(config.get("channels"), list | tuple):
+            config[name] = [config[name]] * len(config["channels"])
+    return config
+
+
+def expected_shapes(peer: Peer, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of our class with this config. Nothing is allocated."""
+    return {name: tuple(tensor.shape) for name, tensor in build_empty(peer, config).state_dict().items()}
+
+
+def build_empty(peer: Peer, config: Mapping[str, object]) -> VolumeModel:
+    """Build a model of our class without memory for its weights."""
+    with torch.device("meta"):
+        return peer.model(**config)
+
+
+def renamed(name: str, renames: Renames) -> str:
+    """Return our name of a tensor."""
+    for pattern, ours in renames:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(ours)
+    return name

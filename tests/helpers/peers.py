@@ -1,0 +1,60 @@
+"""Networks of MONAI with random weights, narrow, and files in the layout in which their owners write them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from torch import nn
+
+from interop import formats
+
+NARROW_VAE = {**formats._MAISI_VAE, "num_channels": [8, 16], "norm_num_groups": 8, "num_res_blocks": [1, 1]}
+NARROW_VAE["attention_levels"] = [False, False]
+NARROW_UNET = {"num_channels": [8, 16], "norm_num_groups": 8, "num_head_channels": [0, 8], "num_res_blocks": 1}
+NARROW_UNET["attention_levels"] = [False, True]
+
+
+def random_weights(network: nn.Module, seed: int = 0) -> Any:
+    """The network with weights that all matter, also where MONAI starts them at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(noise * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return network.eval()
+
+
+def maisi_autoencoder(seed: int = 0, **changes: Any) -> AutoencoderKlMaisi:
+    """MAISI's autoencoder, on one piece of the volume at a time."""
+    return random_weights(AutoencoderKlMaisi(**{**NARROW_VAE, **changes}, num_splits=1, save_mem=False), seed)
+
+
+def maisi_unet(name: str, seed: int = 1) -> DiffusionModelUNetMaisi:
+    """MAISI's U-Net of a format."""
+    return random_weights(DiffusionModelUNetMaisi(**{**formats.FORMATS[name].parts[1].arguments, **NARROW_UNET}), seed)
+
+
+def narrow(monkeypatch: Any, name: str) -> None:
+    """Make a format of MAISI expect narrow networks."""
+    kind = formats.FORMATS[name]
+    vae, unet = kind.parts
+    parts = [
+        formats.Part(vae.peers, NARROW_VAE, vae.files),
+        formats.Part(unet.peers, {**(unet.arguments or {}), **NARROW_UNET}, unet.files, unet.dropped),
+    ]
+    monkeypatch.setitem(formats.FORMATS, name, replace(kind, parts=parts))
+
+
+def write_maisi(folder: Path, name: str, scale_factor: float = 1.25) -> tuple[nn.Module, nn.Module]:
+    """Write the files of a format of MAISI as its scripts do, in models/. Returns the networks in them."""
+    vae, unet = maisi_autoencoder(), maisi_unet(name)
+    (folder / "models").mkdir(parents=True)
+    torch.save(vae.state_dict(), folder / "models" / formats.FORMATS[name].parts[0].files[0])
+    content = {"epoch": 7, "loss": 0.25, "num_train_timesteps": 1000, "scale_factor": torch.tensor(scale_factor)}
+    content["unet_state_dict"] = unet.state_dict()
+    torch.save(content, folder / "models" / formats.FORMATS[name].parts[1].files[0])
+    return vae, unet
