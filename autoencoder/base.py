@@ -6,11 +6,12 @@ Axes: volumes (B, C, X, Y, Z) in [-1, 1], latents (B, C, h, w, d).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 import torch
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
@@ -32,7 +33,18 @@ LatentStd = Annotated[float, Range(1e-6, 1e6)]
 Distribution = TypeVar("Distribution", bound=LatentDistribution)
 
 
-class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution], ABC):
+@dataclass
+class DecoderOutput(BaseOutput):
+    """What `decode` returns. It is that of `diffusers.models.autoencoders.vae`, whose import takes seconds.
+
+    Attributes:
+        sample: volumes (B, C, X, Y, Z), about [-1, 1].
+    """
+
+    sample: Tensor
+
+
+class VolumeAutoencoder(VolumeModel, Generic[Distribution], ABC):
     """An encoder, a decoder and the statistics of the latents between them.
 
     A subclass calls `_build` in its constructor, or sets `patch_size`, `stride`, `encoder` and `decoder`. It interprets
@@ -124,8 +136,12 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution], AB
             slab_bytes: bytes that the activations of one slab may take. At least one plane of latents is coded at a
                 time. The first and the last slab also hold the few planes by which layers wait for each other.
         """
-        super().enable_tiling()
+        self.use_tiling = True
         self.slab_bytes = slab_bytes
+
+    def disable_tiling(self) -> None:
+        """Encode and decode in one piece, whatever the size."""
+        self.use_tiling = False
 
     def activation_bytes(self, shape: Sequence[int], batch: int = 1) -> int:
         """Estimate the bytes that encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, besides weights,

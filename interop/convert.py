@@ -139,7 +139,7 @@ def _check_options(format_name: str, kind: Format, network: Path | None, license
         raise ValueError(f"{format_name}: the license is {kind.license}; omit --license")
 
 
-def _config(part: Part, given: Mapping[str, Any] | None, path: Path | None) -> tuple[str, Peer, Mapping[str, Any]]:
+def _config(part: Part, given: Mapping[str, Any] | None, path: Path | None) -> tuple[str, Peer, dict[str, Any]]:
     """Return the class of MONAI, and our config. Raises: ValueError naming the file of arguments."""
     arguments = part.arguments if part.arguments is not None else given
     assert arguments is not None

@@ -158,8 +158,8 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     if transposed:
         config["upsampling"] = "transposed"
     for name in ("num_res_blocks", "num_head_channels"):
-        if isinstance(config.get(name), int) and isinstance(config.get("channels"), list | tuple):
-            config[name] = [config[name]] * len(config["channels"])
+        if isinstance(config.get(name), int) and isinstance(levels := config.get("channels"), list | tuple):
+            config[name] = [config[name]] * len(levels)
     return config
 
 

@@ -139,7 +139,8 @@ def add_set_arguments(parser: ArgumentParser) -> None:
         default=[],
         metavar="NAME=PATH",
         help=(
-            "more feature extractors: PATH is the folder of an autoencoder, or a .safetensors file with VGG-16 weights"
+            "more feature extractors: PATH is the folder of an autoencoder, a .safetensors file with VGG-16 weights, "
+            "or any 2-D or 3-D network in a TorchScript file (.ts, .pt)"
         ),
     )
 

@@ -15,6 +15,7 @@ from evaluation.metrics.features import (
     RandomStatistics,
     SliceStatistics,
 )
+from evaluation.metrics.scripted import SUFFIXES, load_scripted
 from evaluation.studies.limits import check_command, check_sets
 from pipelines.storage.loading import load_autoencoder
 from volumes import load_cases
@@ -39,7 +40,7 @@ def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], d
 
 def load_extractors(options: Namespace, device: torch.device) -> dict[str, nn.Module]:
     """Load feature extractors by name: "random", which needs no file; "encoder" with `--vae`; and those of
-    `--extractor`, VGG-16 in three planes.
+    `--extractor`, 2-D networks in three planes.
 
     Raises: ValueError for an entry that is not NAME=PATH, a name that is taken, and a file that cannot be used.
     """
@@ -54,6 +55,8 @@ def load_extractors(options: Namespace, device: torch.device) -> dict[str, nn.Mo
             )
         if Path(path).is_dir():
             extractors[name] = EncoderStatistics(load_autoencoder(path))
+        elif Path(path).suffix in SUFFIXES:
+            extractors |= {f"{name}{plane}": one for plane, one in load_scripted(Path(path)).items()}
         else:
             network = VGG16Features(Path(path))
             extractors |= {f"{name} {plane}": SliceStatistics(network, axis) for plane, axis in PLANES.items()}

@@ -19,6 +19,9 @@ def realism_section(report: Mapping[str, Any]) -> Section:
     tables = []
     for extractor, features in report.get("features", {}).items():
         rows = [distance_row(title, features[name]) for name, title in DISTANCES]
+        rows += [distance_row(f"1 - {name}", score) for name, score in features.get("shortfall", {}).items()]
+        if slices := features.get("frechet_slices"):
+            rows.append(distance_row("Frechet distance of slices (FID of this plane)", slices))
         rows.append(auc_row(CLOSER, features["closer_to_training"]))
         note = (
             f"{features['features']} features per volume; {features['kernel']['count']} volumes of each set per "

@@ -194,7 +194,7 @@ def compare_columns(
     Returns: by name, with "shift" and "wasserstein" in standard deviations of the test volumes.
     """
     scaled = standardize(sets, "test")
-    compared = compare_sets(wasserstein1, scaled, subjects=subjects, subsets=subsets, seed=seed)
+    compared = columns_of(compare_sets(wasserstein1, scaled, subjects=subjects, subsets=subsets, seed=seed), names)
     report: dict[str, ColumnComparison] = {}
     for column, name in enumerate(names):
         report[name] = {
@@ -202,16 +202,24 @@ def compare_columns(
             "test": _mean_std(sets["test"][:, column]),
             "generated": _mean_std(sets["generated"][:, column]),
             "shift": float(scaled["generated"][:, column].mean()),
-            "wasserstein": {
-                "count": compared["count"],
-                "whole": compared["whole"][column],
-                "generated_to_test": _column(compared["generated_to_test"], column),
-                "training_to_test": _column(compared["training_to_test"], column),
-                "test_halves": _column(compared["test_halves"], column),
-                "excess": _column(compared["excess"], column),
-            },
+            "wasserstein": compared[name],
         }
     return report
+
+
+def columns_of(compared: SetComparison[list[float]], names: Sequence[str]) -> dict[str, SetComparison[float]]:
+    """Split a comparison of several figures into one for each, by name."""
+    return {
+        name: {
+            "count": compared["count"],
+            "whole": compared["whole"][column],
+            "generated_to_test": _column(compared["generated_to_test"], column),
+            "training_to_test": _column(compared["training_to_test"], column),
+            "test_halves": _column(compared["test_halves"], column),
+            "excess": _column(compared["excess"], column),
+        }
+        for column, name in enumerate(names)
+    }
 
 
 def closer_than_test(

@@ -15,6 +15,7 @@ import torch
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics import histogram, slices
 from evaluation.metrics.features import Extractor, extract
+from evaluation.metrics.manifold import SCORES, shortfalls
 from evaluation.metrics.ms_ssim import (
     Diversity,
     compare_diversity,
@@ -24,6 +25,7 @@ from evaluation.metrics.ms_ssim import (
     weights_of,
 )
 from evaluation.metrics.nearest import common_crop
+from evaluation.metrics.scripted import ScriptedSlices, slice_rows
 from evaluation.metrics.set_distances import (
     SETS,
     SUBSETS,
@@ -31,6 +33,7 @@ from evaluation.metrics.set_distances import (
     ColumnComparison,
     SetComparison,
     closer_than_test,
+    columns_of,
     compare_columns,
     compare_sets,
     frechet_caveat,
@@ -44,6 +47,7 @@ from evaluation.networks.defaults import SIMILARITY_PAIRS as PAIRS
 from evaluation.stats.bootstrap import Estimate, Units
 from training.encoder_distance import MIN_SPREAD
 
+SLICE_SUBSETS = 10  # pairs of subsets, for slices are many
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
 
 Volumes = Mapping[str, Sequence[np.ndarray] | np.ndarray]  # by set
@@ -52,12 +56,17 @@ Figures = TypeVar("Figures")
 
 
 class FeatureComparison(TypedDict):
-    """Distances of the features of one extractor; `features` is their number."""
+    """Distances of the features of one extractor; `features` is their number.
+
+    `shortfall` is 1 minus precision, recall, density and coverage. `frechet_slices` takes slices as samples.
+    """
 
     features: int
     frechet: SetComparison[float]
     kernel: SetComparison[float]
     closer_to_training: Closeness
+    shortfall: dict[str, SetComparison[float]]  # by score
+    frechet_slices: NotRequired[SetComparison[float]]
 
 
 class SpectrumComparison(TypedDict):
@@ -134,6 +143,8 @@ def measure_realism(
             report["features"][name] = compare_features(
                 features, standardized=standardized, subjects=subjects, seed=seed
             )
+            if isinstance(extractor, ScriptedSlices):
+                report["features"][name]["frechet_slices"] = compare_slices(extractor, volumes, subjects, seed, device)
     if "diversity" in parts:
         report["diversity"] = _diversity(volumes, subjects, shape, pairs, seed, device, steps("diversity"))
     if "consistency" in parts:
@@ -184,7 +195,27 @@ def compare_features(
         "frechet": frechet,
         "kernel": compare_sets(kernel_distance, sets, subjects=subjects, subsets=subsets, seed=seed),
         "closer_to_training": closer_than_test(sets, subjects=subjects, seed=seed),
+        "shortfall": columns_of(compare_sets(shortfalls, sets, subjects=subjects, subsets=subsets, seed=seed), SCORES),
     }
+
+
+def compare_slices(
+    extractor: ScriptedSlices,
+    volumes: Volumes,
+    subjects: Subjects,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> SetComparison[float]:
+    """Compute the Frechet distance whose samples are slices, in the features as they are, as published ones are.
+
+    Slices of one volume are not independent: subsets keep those of a subject together.
+    """
+    rows, owners = {}, {}
+    for name in SETS:
+        found = slice_rows(extractor, volumes[name], device)
+        rows[name] = np.concatenate(found)
+        owners[name] = [owner for owner, part in zip(subjects[name], found, strict=True) for _ in part]
+    return compare_sets(frechet_distance, rows, subjects=owners, subsets=SLICE_SUBSETS, seed=seed)
 
 
 def _diversity(

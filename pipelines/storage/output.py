@@ -14,6 +14,7 @@ from pipelines.inputs.arguments import listed, local_path
 from volumes import nifti_path
 from volumes.formats.carriers import source_file
 
+from .notebook import HEIGHT, numbered, show_volume
 from .provenance import channel_files, read_sidecar, sidecar_path
 from .record import GenerationRecord
 
@@ -39,6 +40,18 @@ class MedVolumePipelineOutput(BaseOutput):
 
     volumes: list[Any]
     provenance: list[dict[str, Any]]
+
+    def show(self, number: int = 0, *, mask: Any = None, height: int = HEIGHT) -> Any:
+        """Show a volume in a notebook, with its mask over it if one is given: see `notebook.show_volume`.
+
+        Args:
+            number: of the volume, counted from 0.
+            mask: NIfTI file or image of labels on any grid.
+            height: of the viewer, in pixels.
+
+        Raises: ValueError for a volume that is not there or not a NIfTI, and without the package ipyniivue.
+        """
+        return show_volume(numbered(self.volumes, number), mask, height)
 
 
 def check_paths(

@@ -173,7 +173,8 @@ def test_every_room_is_installed():
 
 def test_every_third_party_import_is_a_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
-    lines = PROJECT["project"]["dependencies"] + extras["lora"] + extras["dicomseg"] + extras["reader-study"]
+    named = ("lora", "dicomseg", "studio", "reader-study")
+    lines = PROJECT["project"]["dependencies"] + [line for name in named for line in extras[name]]
     declared = {re.split(r"[<>=!\[ ]", line)[0].lower() for line in lines}
     declared = {IMPORT_NAMES.get(name, name) for name in declared}
     files = [path for room in ALLOWED for path in (ROOT / room).rglob("*.py")] + list(ROOT.glob("*.py"))

@@ -1,0 +1,1 @@
+"""Published systems, trained by their own code on our data for the same minutes as ours."""
