@@ -8,6 +8,7 @@ detected. While weights are offloaded or cast by hooks, or a LoRA is fused into 
 unchanged.
 """
 
+import sys
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor, nn
 
 SAMPLES = 256  # values of each tensor that are compared
@@ -74,8 +74,10 @@ def has_hooks(model: nn.Module) -> bool:
 
 def moves_weights(model: nn.Module) -> bool:
     """Return whether hooks move weights to the device while the model runs; those that only cast them do not count."""
-    by_accelerate = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return by_accelerate or _is_group_offload_enabled(model)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):  # Accelerate's
+        return True
+    offloading = sys.modules.get("diffusers.hooks.group_offloading")  # its import takes seconds
+    return offloading is not None and offloading._is_group_offload_enabled(model)
 
 
 def remember_files(model: nn.Module, files: Sequence[Path]) -> None:

@@ -18,7 +18,6 @@ from autoencoder.losses.adversarial import (
     generator_loss,
 )
 from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
-from pipelines.storage.loading import load_autoencoder
 
 from .engine.learner import Learner
 from .vae_config import AdversarialConfig, PerceptualConfig, TrainVaeConfig
@@ -128,6 +127,8 @@ def make_perception(options: PerceptualConfig, config: TrainVaeConfig, vae: Volu
 
     Raises: ValueError if it does not fit the patches or the channels.
     """
+    from pipelines.storage.loading import load_autoencoder  # takes seconds; few runs need it
+
     path, side, channels = Path(options.network), config.crops.shape, vae.config["out_channels"]
     network = EncoderFeatures(load_autoencoder(path)) if path.is_dir() else VGG16Features(path)
     if network.in_channels not in (1, channels):

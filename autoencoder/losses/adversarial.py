@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor, nn
 
 Features = list[Tensor]  # of one discriminator, layer by layer; the last are its logits, one per patch
@@ -57,6 +56,8 @@ class VolumeDiscriminator(nn.Module):
         super().__init__()
         if not slices and not volume:
             raise ValueError("a discriminator needs slices, volumes, or both; got neither")
+
+        from monai.networks.nets.patchgan_discriminator import PatchDiscriminator  # takes seconds; few runs need it
 
         def patchgan(dims: int) -> PatchDiscriminator:
             return PatchDiscriminator(dims, channels, in_channels, num_layers_d=layers, norm="INSTANCE")

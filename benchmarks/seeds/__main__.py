@@ -3,7 +3,7 @@
     python -m benchmarks.seeds --med_ddpm CHECKOUT --medical_diffusion CHECKOUT --minutes 30 --output out/seeds
 
 CHECKOUT is a clone of github.com/mobaidoctor/med-ddpm or github.com/FirasGit/medicaldiffusion. Their code is imported
-from there; none of it is in this repository (their licenses, where there are any, are not ours).
+from there; none of it is in this repository. Look at their licenses before you use it.
 A checkout that is not named is left out. Each system runs in a process of its own, one after another, so that it has
 the whole machine. Finished parts are kept in --output, so an interrupted comparison resumes.
 
