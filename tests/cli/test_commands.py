@@ -31,7 +31,7 @@ MODULES = [
     "evaluation.copies.fingerprints",
     "evaluation.data.label_budget",
 ]
-PACKAGES = ("reader_study", "recipes", "evaluation.doctor")  # those of MODULES that are packages
+PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "evaluation.doctor")  # those of MODULES that are packages
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
@@ -57,6 +57,8 @@ MODULES += [
         "learning_page",
         "learning_per_step",
         "lesions_page",
+        "seeds",
+        "seeds.worker",
         "small_lesions",
         "timestep_shift",
     )
