@@ -110,7 +110,7 @@ def convert(
         name, peer, config = _config(part, arguments, network)
         if peer.folder == "vae":
             config["value_range"] = _value_range(format_name, kind, value_range)
-            config |= _statistics(config, scale_factor)
+            config.update(_statistics(config, scale_factor))
         elif value_range is not None and len(sources) == 1:
             raise ValueError("value_range: this is a U-Net, which sees latents; give it with the autoencoder")
         parts.append(_fit(name, peer, source, config | {"license": restricted}, part.dropped))
@@ -139,7 +139,7 @@ def _check_options(format_name: str, kind: Format, network: Path | None, license
         raise ValueError(f"{format_name}: the license is {kind.license}; omit --license")
 
 
-def _config(part: Part, given: Mapping[str, Any] | None, path: Path | None) -> tuple[str, Peer, dict[str, Any]]:
+def _config(part: Part, given: Mapping[str, Any] | None, path: Path | None) -> tuple[str, Peer, dict[str, object]]:
     """Return the class of MONAI, and our config. Raises: ValueError naming the file of arguments."""
     arguments = part.arguments if part.arguments is not None else given
     assert arguments is not None

@@ -1,7 +1,7 @@
 """Agreement between readers, and of a reader with themselves. Ratings: (readers, volumes), NaN where open."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import krippendorff
 import numpy as np
@@ -68,6 +68,6 @@ def intra_reader_kappa(first: Sequence[int], again: Sequence[int], levels: int, 
     used = (table.sum(0) + table.sum(1)) > 0
     if used.sum() < 2:
         return {"value": float("nan"), "interval": None}
-    found = cohens_kappa(table, wt="quadratic" if ordinal else None)
+    found: Any = cohens_kappa(table, wt="quadratic" if ordinal else None)
     interval = (float(found.kappa_low), float(found.kappa_upp))
     return {"value": float(found.kappa), "interval": interval if np.isfinite(interval).all() else None}

@@ -1,6 +1,6 @@
 """How well readers tell generated from real: rates, d', ROC curves, and equivalence to chance."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from scipy.stats import norm
@@ -20,9 +20,8 @@ class Rate(TypedDict):
 
 def rate(count: int, of: int) -> Rate:
     """Compute a rate with its intervals (Wilson 1927; Clopper and Pearson 1934)."""
-    ends = {name: proportion_confint(count, of, 0.05, method) for name, method in (("w", "wilson"), ("c", "beta"))}
-    low, high = ends["w"]
-    exact_low, exact_high = ends["c"]
+    ends: list[Any] = [proportion_confint(count, of, 0.05, method) for method in ("wilson", "beta")]
+    (low, high), (exact_low, exact_high) = ends
     return {
         "count": count,
         "of": of,

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -162,13 +161,13 @@ def _write_reader(
         os.utime(path, (DATE, DATE))
 
 
-def _question(question: Question) -> dict[str, Any]:
+def _question(question: Question) -> dict[str, object]:
     return dataclasses.asdict(question)
 
 
-def _shown_item(item: Item, cases: Sequence[StudyCase], feedback: bool) -> dict[str, Any]:
+def _shown_item(item: Item, cases: Sequence[StudyCase], feedback: bool) -> dict[str, object]:
     """Return what the page may know of an item: not what it repeats, and its truth in training alone."""
-    shown: dict[str, Any] = {"id": item.id, "section": item.section, "volumes": item.volumes}
+    shown: dict[str, object] = {"id": item.id, "section": item.section, "volumes": item.volumes}
     if item.section == "training" and feedback:
         shown["truth"] = "R" if cases[item.cases[0]].source == REAL else "G"
     return shown

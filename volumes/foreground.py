@@ -64,7 +64,7 @@ class ForegroundCrop:
         """Read what `to_json` wrote. Raises: ValueError naming what is wrong."""
         if not isinstance(value, Mapping):
             raise ValueError(f"crop is {str(value)[:80]!r}; expected {{above, channel, margin}}")
-        entries: dict[str, Any] = {str(key): entry for key, entry in value.items()}
+        entries: Mapping[str, Any] = {str(key): entry for key, entry in value.items()}
         if wrong := list(faults(cls, entries, "crop.")):
             raise ValueError(wrong[0])
         return cls(**entries)

@@ -92,7 +92,7 @@ class Ours(System):
     def generate(self, index: int, seed: int, path: Path) -> None:
         """Write a volume, from the label map of a training volume if the task says so."""
         case = self.dataset.cases[index]
-        asked: dict[str, Any] = {"shape": self.dataset.shapes[index]}
+        asked: dict[str, object] = {"shape": self.dataset.shapes[index]}
         if self.task.from_masks:
             asked = {"mask": case.mask}
         self.pipe(**asked, generator=torch.Generator().manual_seed(seed), paths=path)

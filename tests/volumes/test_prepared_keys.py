@@ -62,6 +62,7 @@ UNRELATED: dict[str, Any] = {
     "condition_channels": ["ct"],
     "on_error": "skip",
     "phantom": PhantomConfig(count=2),
+    "empty_background": True,
 }
 
 
