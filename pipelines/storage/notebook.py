@@ -1,5 +1,6 @@
 """Show volumes in a notebook, by NiiVue (the package ipyniivue, extra `studio`): three planes and a 3-D view."""
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,13 @@ def show_volume(volume: Any, mask: str | os.PathLike | nib.Nifti1Image | None = 
     """
     shown = layers(volume, mask)  # first, so that a mistake is named also where the package is missing
     try:
-        from ipyniivue import NiiVue, Volume
+        ipyniivue = importlib.import_module("ipyniivue")  # of an extra that development does not install
     except ModuleNotFoundError as error:
         raise ValueError(
             f"show() needs {error.name}: pip install 'medvolume[studio]', or pip install ipyniivue"
         ) from error
-    widget = NiiVue(height=height)
-    widget.load_volumes([Volume(**layer) for layer in shown])
+    widget = ipyniivue.NiiVue(height=height)
+    widget.load_volumes([ipyniivue.Volume(**layer) for layer in shown])
     return widget
 
 
