@@ -91,8 +91,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         threshold = measure_background(train, vae) if config.data.empty_background else None
         described = dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
-        guidance = None if teacher is None else 1.0  # a student has its teacher's
-        pipe.sampling_settings = SamplingSettings(step.inference_steps, guidance)  # those of the previews
+        # Those of the previews; a student has its teacher's guidance.
+        pipe.sampling_settings = SamplingSettings(step.inference_steps, None if teacher is None else 1.0)
         save_model(pipe, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 

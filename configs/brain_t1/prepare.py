@@ -3,7 +3,7 @@
     python configs/brain_t1/prepare.py --source FOLDER
 
 FOLDER holds 62 subjects of OpenNeuro ds002748 (Bezmaternykh et al. 2021; CC0) on grids of 80 x 96 x 80 voxels of 2 mm:
-t1/sub-NN.nii.gz without skull, brain/ with the brain masks, tissue/ with tissue maps (1 CSF, 2 grey, 3 white matter),
+t1/sub-NN.nii.gz without skull, brain/ with the brain masks, tissue/ with tissue maps (1 CSF, 2 gray, 3 white matter),
 and subjects.csv: subject, age, sex and split of each. t1 and tissue are copied unchanged to the output folder.
 The brain masks are checked and not copied: label 0 of a tissue map is what is outside of them.
 

@@ -5,6 +5,7 @@ the same set.
 """
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from training.encoder_distance import checked_samples
 
@@ -27,7 +28,7 @@ def manifold_scores(generated: np.ndarray, real: np.ndarray, neighbors: int = NE
     """
     generated, real = checked_samples(generated, real)
     k = min(neighbors, len(generated) - 1, len(real) - 1)
-    between = _distances(generated, real)
+    between = cdist(generated, real)
     in_real = between <= _radii(real, k)
     in_generated = _radii(generated, k) >= between.T
     return np.array(
@@ -41,8 +42,4 @@ def shortfalls(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 def _radii(rows: np.ndarray, k: int) -> np.ndarray:
-    return np.sort(_distances(rows, rows), axis=1)[:, k]  # the first is the row itself
-
-
-def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.stack([np.linalg.norm(second - row, axis=1) for row in first])
+    return np.sort(cdist(rows, rows), axis=1)[:, k]  # the first is the row itself

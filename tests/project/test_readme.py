@@ -13,7 +13,13 @@ README = (ROOT / "README.md").read_text()
 
 def test_its_commands_take_the_options_that_it_gives_them():
     lines = [line.partition("   #")[0].split() for line in README.splitlines() if line.startswith("    medvolume ")]
-    assert {name for _, name, *_ in lines} == set(medvolume.COMMANDS) - {"convert", "edit", "demo", "prepare", "reader-study"}
+    assert {name for _, name, *_ in lines} == set(medvolume.COMMANDS) - {
+        "convert",
+        "edit",
+        "demo",
+        "prepare",
+        "reader-study",
+    }
     for _, name, *words in lines:
         options = [word for word in words if word.startswith("--")]
         subcommand = [word for word in words[:1] if name == "evaluate"]
