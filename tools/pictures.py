@@ -1,17 +1,18 @@
-"""Draw the pictures of docs/conditions with trained pipelines.
+"""Draw the pictures of docs/conditions, and of samples in few steps, with trained pipelines.
 
-    python -m tools.pictures mask|classes|numbers|images|edits [--pipeline DIR]
+    python -m tools.pictures mask|classes|numbers|images|edits|calls [--pipeline DIR]
 
 Each command prints its measurements on the generated volumes, and writes them beside the picture as JSON.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
 
-NAMES = ("mask", "edits", "classes", "images", "numbers")
+NAMES = ("mask", "edits", "classes", "images", "numbers", "calls")
 OF_VOLUMES = ("edits", "images")  # pictures that need real volumes
 
 
@@ -56,6 +57,7 @@ from volumes.phantom import INTENSITY
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "conditions"
 HIPPOCAMPUS = ROOT / "weights" / "hippocampus"
+STUDENT = ROOT / "weights" / "hippocampus-fast"
 SEED = 0
 
 Measured = dict[str, dict[str, float]]  # {volume: {quantity: value}}
@@ -265,6 +267,31 @@ def edits(pipe: MedVolumePipeline, root: str | None = None) -> tuple[Figure, Mea
     return slices_figure(columns), measured
 
 
+def calls(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
+    """Generate from the same seed and mask with the student in 1, 2 and 4 steps, and with its teacher in 10 and 20.
+
+    Measures the root mean square difference from the teacher's 20 steps in the volume's units, and the seconds.
+    """
+    mask_volume = read_mask(HIPPOCAMPUS / "masks" / "hippocampus_017.nii.gz")
+    teacher = MedVolumePipeline.from_pretrained(HIPPOCAMPUS)
+    teacher.set_progress_bar_config(disable=True)
+    volumes, measured = {}, {}
+    for model, steps in ((teacher, 20), (teacher, 10), (pipe, 4), (pipe, 2), (pipe, 1)):
+        for _ in range(2):  # the first prepares the kernels for this grid
+            start = time.perf_counter()
+            out = model(mask=mask_volume, num_inference_steps=steps, generator=seeds(1), output_type="np")
+            seconds = time.perf_counter() - start
+        title = f"{'student' if model is pipe else 'teacher'}, {steps} step{'s' * (steps > 1)}"
+        volumes[title] = out.volumes[0][0]
+        error = volumes[title] - volumes["teacher, 20 steps"]
+        measured[title] = {"difference": float(np.sqrt((error**2).mean())), "seconds": seconds}
+    columns: list[FigureCase] = [
+        {"title": title, "images": {"generated": volume}, "mask": mask_volume.array, "spacing": mask_volume.spacing}
+        for title, volume in reversed(volumes.items())
+    ]
+    return slices_figure(columns), measured
+
+
 def _masked_means(case: Case) -> tuple[float, float]:
     """Return the mean SUV, clipped at 10, in the tumor and around it."""
     assert case.mask is not None
@@ -278,6 +305,7 @@ PICTURES: dict[str, tuple[Callable[..., tuple[Figure, Measured]], Path]] = {
     "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
     "images": (images, ROOT / "output" / "sarcoma" / "ldm" / "pipeline"),
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
+    "calls": (calls, STUDENT),
 }
 
 assert set(NAMES) == set(PICTURES)  # --help lists them before they are defined
