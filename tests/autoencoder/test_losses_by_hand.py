@@ -168,16 +168,26 @@ def waves(frequency: float, axis: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("axis", [2, 3, 4])
 def test_spectrum_loss_bands_are_a_twentieth_of_a_cycle_wide(axis):
-    """Where a wave is the whole power of a band, twice its power costs (log 2)^2 in one of eight bands, on every axis;
-    below 0.1 cycles a voxel it costs nothing."""
+    """Where a wave is the whole power of a band along its axis, twice its power costs (log 2)^2 in one of 24 parts,
+    which are eight bands of three directions; below 0.1 cycles a voxel it costs nothing."""
     fov = everywhere(waves(0.05, axis))
     for frequency, bands in ((0.05, 0), (0.125, 1), (0.325, 1), (0.475, 1)):
         wave = waves(frequency, axis)
         cost = spectrum_loss(2**0.5 * wave, wave, fov).item()
-        assert cost == pytest.approx(bands * math.log(2) ** 2 / 8, rel=0.05, abs=1e-3), frequency
+        assert cost == pytest.approx(bands * math.log(2) ** 2 / 24, rel=0.05, abs=1e-3), frequency
     both = waves(0.125, axis) + waves(0.325, axis)
     cost = spectrum_loss(both + (2**0.5 - 1) * waves(0.325, axis), both, fov).item()
-    assert cost == pytest.approx(math.log(2) ** 2 / 8, rel=0.05)  # of one band, whatever is in the others
+    assert cost == pytest.approx(math.log(2) ** 2 / 24, rel=0.05)  # of one band, whatever is in the others
+
+
+def test_spectrum_loss_sees_a_soft_axis_beside_a_sharp_one():
+    """Power that is too low along one axis and too high along another costs, though their sum is right."""
+    wave = torch.cos(2 * math.pi * 0.325 * torch.arange(80))
+    along = [wave.view(view).expand(1, 1, 80, 80, 20) for view in ((1, 1, 80, 1, 1), (1, 1, 1, 80, 1))]
+    image = along[0] + along[1]
+    skewed = 1.5**0.5 * along[0] + 0.5**0.5 * along[1]
+    parts = math.log(1.5) ** 2 + math.log(0.5) ** 2
+    assert spectrum_loss(skewed, image, everywhere(image)).item() == pytest.approx(parts / 24, rel=0.2)
 
 
 def test_spectrum_loss_is_equal_for_too_much_and_too_little():
