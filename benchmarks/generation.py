@@ -25,12 +25,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
     parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
+    parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps (the pipeline's own)")
     parser.add_argument(
         "--guidance_scale",
         type=Number(NonNegativeFloat),
-        default=1.0,
-        help="guidance scale of all conditions; 1 means no guidance (1)",
+        help="guidance scale of all conditions; 1 means no guidance (the pipeline's own)",
     )
     parser.add_argument("--repeats", type=Number(PositiveInt), default=3, help="timed runs over all masks (3)")
     parser.add_argument(
@@ -66,13 +65,15 @@ def main(args: Sequence[str] | None = None) -> dict[str, object]:
     seconds_per_volume = time_generation(
         pipe, masks, steps=options.steps, repeats=options.repeats, guidance_scale=options.guidance_scale
     )
+    record = pipe(masks[0], num_inference_steps=options.steps, guidance_scale=options.guidance_scale).provenance[0]
     report = {
         "benchmark": "generation",
         "pipeline": options.pipeline.name,
         "device": str(pipe.device),
         "dtype": str(dtype).removeprefix("torch."),
-        "steps": options.steps,
-        "guidance_scale": options.guidance_scale,
+        "scheduler": record["scheduler"]["class"],
+        "steps": record["num_inference_steps"],
+        **{name: record.get(name) for name in ("guidance_scale", "guidance_interval", "network_calls")},
         "repeats": options.repeats,
         "parameters": {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae")},
         "masks": {path.name: list(read_mask(path).shape) for path in masks},
@@ -97,7 +98,7 @@ def find_masks(pipeline: Path, masks: Path | None) -> list[Path]:
 
 
 def time_generation(
-    pipe: MedVolumePipeline, masks: list[Path], *, steps: int, repeats: int, guidance_scale: float = 1.0
+    pipe: MedVolumePipeline, masks: list[Path], *, steps: int | None, repeats: int, guidance_scale: float | None = None
 ) -> dict[str, dict[str, float]]:
     """Return statistics of seconds per volume.
 
@@ -124,7 +125,7 @@ def time_generation(
     generate(masks, "nifti")
     times: dict[str, list[float]] = {"whole": [], "batched": [], "denoising": [], "decoding": []}
     for _ in range(repeats):
-        for mask in tqdm(masks, unit="volume", desc=f"{steps} steps", disable=None):
+        for mask in tqdm(masks, unit="volume", desc="generate", disable=None):
             times["whole"].append(seconds_of(pipe.device, lambda mask=mask: generate(mask, "nifti"))[0])
             seconds, latents = seconds_of(pipe.device, lambda mask=mask: generate(mask, "latent"))
             times["denoising"].append(seconds)

@@ -1,10 +1,9 @@
-"""Write docs/evidence.md from the reports of evaluate.py and evaluation.studies.samplers.
+"""Write docs/evidence.md from the reports of evaluate.py.
 
     python -m tools.evidence [--reports DIR]
 
-The text is in docs/evidence.in.md. In it, `{report.a.b:.3f}` is reports/report.json ["a"]["b"], `{tables}` are the
-tables of `evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A missing figure is an
-error.
+The text is in docs/evidence.in.md. In it, `{report.a.b:.3f}` is reports/report.json ["a"]["b"], and `{tables}` are
+the tables of `evaluate.py report`. A missing figure is an error.
 """
 
 import argparse
@@ -33,7 +32,6 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 from evaluation.html import build_page, write_page
 from evaluation.html.render import ORDER
-from evaluation.studies.sampler_report import markdown, read_report
 from files.documents import read_object
 from tools.ship import fill, summaries
 
@@ -53,7 +51,6 @@ def main(args: Sequence[str] | None = None) -> None:
     tables = tables[tables.index("\n## ") :]  # the title and the summary are written by hand
     text = fill((ROOT / "docs/evidence.in.md").read_text(), {**reports, **summaries(reports)} | {
         "tables": re.sub(r"^##", "###", tables, flags=re.MULTILINE).strip(),
-        "samplers": markdown(read_report(options.reports / "samplers.json")) if "samplers" in reports else "",
     })  # fmt: skip
     (ROOT / "docs/evidence.md").write_text(text)
     print(ROOT / "docs/evidence.md")

@@ -244,7 +244,8 @@ def attention_backend(backend: str, shape: Shape, device: str, precision: str) -
 def generating(device: str, *, steps: int, repeats: int, folder: str) -> Work:
     """Measure seconds per volume of the shipped pipeline: benchmarks/generation.py."""
     output = str(Path(folder) / "generation.json")
-    arguments = ["--steps", str(steps), "--repeats", str(repeats), "--device", device, "--output", output]
+    arguments = ["--steps", str(steps), "--guidance_scale", "1", "--repeats", str(repeats)]
+    arguments += ["--device", device, "--output", output]
     return Work(lambda: _without_provenance(generation.main(arguments)))
 
 

@@ -41,6 +41,7 @@ def test_the_report_has_every_part_and_they_add_up(pipeline, tmp_path, capsys):
     args = ["--pipeline", str(pipeline), "--steps", "2", "--repeats", "2", "--precision", "no", "--device", "cpu"]
     report = generation.main([*args, "--output", str(tmp_path / "bench.json")])
     assert json.loads((tmp_path / "bench.json").read_text()) == report
+    assert (report["steps"], report["network_calls"]) == (2, 2)
     assert report["masks"] == {"case_0.nii.gz": [16, 16, 16], "case_1.nii.gz": [16, 14, 18]}
     seconds = report["seconds_per_volume"]
     assert set(seconds) == {"whole", "batched", "denoising", "decoding"}
