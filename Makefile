@@ -11,12 +11,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz mutants lint format bench survive clean
+.PHONY: help demo docs test test-slow fuzz mutants lint format bench survive clean
 
 help:
 	@echo "make demo       sample from the shipped weights into out/demo/"
 	@echo "make test       run the tests; WORKERS=8 for more processes"
 	@echo "make test-slow  run the tests that take minutes: every recipe, trained and sampled at a small size"
+	@echo "make docs       write the documentation site into out/site/"
 	@echo "make lint       run ruff and pyright, as CI does"
 	@echo "make format     apply ruff's fixes"
 	@echo "make fuzz       read 10,000 damaged files; each must be read correctly or refused by name"
@@ -27,6 +28,11 @@ help:
 
 demo: $(VENV)/installed
 	$(PY) demo.py
+
+# Two plugins print that another program may replace mkdocs.
+docs: $(VENV)/installed-dev
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "the site: out/site/index.html; $(PY) -m mkdocs serve shows it with search"
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
