@@ -11,6 +11,7 @@ scripts are for `accelerate launch` and torchrun.
 """
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -77,6 +78,7 @@ class Command(NamedTuple):
     help: str
 
 
+PACKAGES = ("torch", "diffusers", "accelerate", "monai", "nibabel", "safetensors", "peft", "xformers")
 COMMANDS = {
     "init": Command("recipes", "look a folder of scans over, and write a recipe for training on it"),
     "doctor": Command("evaluation.doctor", "check the data and the memory before training, and the model after it"),
@@ -101,17 +103,47 @@ def main(args: Sequence[str] | None = None) -> None:
         description=(__doc__ or "").partition(":")[0] + ".",
         epilog=f"commands:\n{listing}\n\n`medvolume COMMAND --help` explains one.",
     )
-    parser.add_argument("--version", action="version", version=f"medvolume {installed_version()}")
+    parser.add_argument("--version", action=ShowVersions, nargs=0, help="print what a bug report should name, and end")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     options = parser.parse_args(words)
     run_module(f"medvolume {options.command}", COMMANDS[options.command].module, options.arguments)
 
 
-def installed_version() -> str:
-    """Return the version that pip installed; "(not installed)" in a clone that it did not."""
+class ShowVersions(argparse.Action):
+    """Prints `versions` and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print them."""
+        print(versions())
+        parser.exit()
+
+
+def versions() -> str:
+    """Return the versions of this package and of those below it, and the machine, in four lines for a bug report."""
+    import psutil  # here, as imports take time, and machine() imports torch
+
+    from evaluation.report import git_commit, machine
+
+    computer = machine()
+    cores = f"{computer['cores']} core{'s' * (computer['cores'] != 1)}"
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
+    parts = [computer["processor"], cores, memory, computer.get("accelerator", "no GPU")]
+    commit = git_commit()
+    return "\n".join(
+        [
+            f"medvolume {installed('medvolume')}" + (f", commit {commit}" if commit else ""),
+            f"Python {platform.python_version()}, {platform.platform()}",
+            ", ".join(f"{name} {installed(name)}" for name in PACKAGES),
+            ", ".join(parts),
+        ]
+    )
+
+
+def installed(package: str) -> str:
+    """Return the version of a package that pip installed; "(not installed)" for another."""
     try:
-        return version("medvolume")
+        return version(package)
     except PackageNotFoundError:
         return "(not installed)"
 

@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import platform
+import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,18 @@ def test_help_lists_every_command(console):
     assert done.returncode == 0, done.stderr
     for name, entry in medvolume.COMMANDS.items():
         assert f"{name:<12} {entry.help}" in done.stdout
+
+
+def test_version_names_packages_and_machine(console):
+    """A bug report needs both; a package that is missing is said to be."""
+    done = console("--version")
+    assert done.returncode == 0, done.stderr
+    ours, python, packages, machine = done.stdout.splitlines()
+    assert ours.startswith(f"medvolume {PROJECT['project']['version']}") or "(not installed)" in ours
+    assert python.startswith(f"Python {platform.python_version()}, ")
+    assert f"torch {version('torch')}, diffusers {version('diffusers')}" in packages
+    assert re.search(r"\d+ cores?, \d+ GiB of memory, .+$", machine)
+    assert medvolume.installed("a package that nobody has") == "(not installed)"
 
 
 @pytest.mark.parametrize("name", medvolume.COMMANDS)
