@@ -1,6 +1,6 @@
 """Write the reports of evaluation.studies.samplers on a teacher and its student into a page, between two comments.
 
-    python -m tools.samplers_page weights/hippocampus/results/samplers_validation.json \
+python -m tools.samplers_page weights/hippocampus/results/samplers_validation.json \
         --student weights/hippocampus-fast/results/samplers_validation.json --page docs/quality_and_speed.md
 """
 
@@ -32,8 +32,9 @@ def measured(path: Path) -> str:
     report = read_report(path)
     settings, sources = report["settings"], [entry["measured"] for entry in report["combinations"]]
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(str(one["command"]) for one in sources))
+    masks = f"{len(settings['masks'])} {settings.get('split', 'test')} masks"
     return (
-        f"{markdown(report)}\nMeasured by {commands} on {len(settings['masks'])} {settings.get('split', 'test')} masks, "
+        f"{markdown(report)}\nMeasured by {commands} on {masks}, "
         f"seed {settings['seed']}; {sources[0]['machine']['processor']}, {str(sources[0]['date'])[:10]}.\n"
     )
 

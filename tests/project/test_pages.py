@@ -1,7 +1,10 @@
 """tools/markdown.py writes figures into pages."""
 
+from pathlib import Path
+
 import pytest
 
+from tools import samplers_page
 from tools.markdown import rewrite_between, table
 
 
@@ -24,3 +27,12 @@ def test_a_page_without_the_two_comments_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match=r"page\.md: needs the lines <!-- a --> and <!-- z -->, once each"):
         rewrite_between(page, "<!-- a -->", "<!-- z -->", "new\n")
     assert page.read_text() == text
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["hippocampus", "hippocampus-fast"])
+def test_the_page_on_quality_has_the_figures_of_the_weights(name):
+    figures = samplers_page.measured(ROOT / "weights" / name / "results" / "samplers_validation.json")
+    assert figures in (ROOT / "docs" / "quality_and_speed.md").read_text()
