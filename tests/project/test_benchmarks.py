@@ -10,18 +10,9 @@ import planted
 import pytest
 import torch
 
-from benchmarks import (
-    equal_time,
-    finetuning,
-    generation,
-    learning_per_step,
-    processes,
-    shift_page,
-    small_lesions,
-    survival,
-    timestep_shift,
-)
+from benchmarks import equal_time, generation, processes, survival
 from benchmarks.equal_time import schedule
+from benchmarks.learning import finetuning, per_step, shift_page, small_lesions, timestep_shift
 from benchmarks.speed import (
     choices,
     headline,
@@ -44,7 +35,7 @@ from benchmarks.speed.measure import measure
         (finetuning, "--k -1"),
         (generation, "--steps 0"),
         (generation, "--guidance_scale nan"),
-        (learning_per_step, "--seeds -1"),
+        (per_step, "--seeds -1"),
         (processes, "--steps 0"),
         (run, "--equal_time_minutes 0"),
         (survival, "--kills 0"),
@@ -324,7 +315,7 @@ def test_a_tiny_run_with_and_without_the_shift(tmp_path):
 
 
 def test_the_page_on_large_latents_holds_the_report():
-    """Else run python -m benchmarks.shift_page docs/timestep_shift.json --page docs/large_latents.md."""
+    """Else run python -m benchmarks.learning.shift_page docs/timestep_shift.json --page docs/large_latents.md."""
     docs = Path(__file__).resolve().parents[2] / "docs"
     report = json.loads((docs / "timestep_shift.json").read_text())
     text = (docs / "large_latents.md").read_text()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import learning_page, learning_per_step
-from benchmarks.learning_per_step import alignment, changed_loss, compare, folded, min_snr, reached
+from benchmarks.learning import per_step, per_step_page
+from benchmarks.learning.per_step import alignment, changed_loss, compare, folded, min_snr, reached
 from diffusion import Conditions, LatentUNet3D, make_scheduler, training_loss
 from diffusion.objectives import EPSILON, FLOW_MAP, OBJECTIVES, V_PREDICTION
 
@@ -31,8 +31,8 @@ def arguments(objective: str) -> tuple:
 @pytest.mark.parametrize("objective", [one for one in OBJECTIVES if one != FLOW_MAP])  # no student is trained here
 def test_without_a_change_the_loss_is_that_of_training(objective):
     unet, given = tiny(objective), arguments(objective)
-    ours = changed_loss(unet, *given, learning_per_step.generators_of(0, 0, 2), arm="plain", head=nn.Identity())
-    theirs = training_loss(unet, *given, learning_per_step.generators_of(0, 0, 2))
+    ours = changed_loss(unet, *given, per_step.generators_of(0, 0, 2), arm="plain", head=nn.Identity())
+    theirs = training_loss(unet, *given, per_step.generators_of(0, 0, 2))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -69,8 +69,8 @@ def test_a_curve_reaches_a_loss_between_two_validations():
     assert reached({"10": 2.0}, 3.0) == 10
 
 
-def run(arm: str, seed: int, loss: float) -> learning_per_step.Run:
-    return learning_per_step.Run(
+def run(arm: str, seed: int, loss: float) -> per_step.Run:
+    return per_step.Run(
         objective=EPSILON,
         arm=arm,
         seed=seed,
@@ -92,21 +92,21 @@ def test_a_change_is_compared_at_the_same_seed(tmp_path):
     report |= {"machine": {"processor": "a CPU"}, "command": "a command", "date": "2026-01-02T03"}
     (tmp_path / "r.json").write_text(json.dumps(report))
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{learning_page.BEGIN}\nold\n{learning_page.END}\nafter\n")
-    learning_page.main([str(tmp_path / "r.json"), "--page", str(page)])
+    page.write_text(f"before\n{per_step_page.BEGIN}\nold\n{per_step_page.END}\nafter\n")
+    per_step_page.main([str(tmp_path / "r.json"), "--page", str(page)])
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "\nold" not in text
     options = ["--output", str(tmp_path / "r.json"), "--steps"]
-    assert learning_per_step.earlier(learning_per_step.parse([*options, "20"])) == runs  # not trained again
+    assert per_step.earlier(per_step.parse([*options, "20"])) == runs  # not trained again
     with pytest.raises(ValueError, match="has trainings of 20 steps, not 30"):
-        learning_per_step.earlier(learning_per_step.parse([*options, "30"]))
+        per_step.earlier(per_step.parse([*options, "30"]))
     assert "4.0 % more arithmetic" in text and "| 1 of 2, after 95 % of the steps |" in text
 
 
 def test_the_page_holds_the_report():
-    """Else run python -m benchmarks.learning_page docs/learning_per_step.json --page docs/quality_and_speed.md."""
+    """Else run python -m benchmarks.learning.per_step_page docs/per_step.json --page docs/quality_and_speed.md."""
     docs = Path(__file__).resolve().parents[2] / "docs"
-    report = docs / "learning_per_step.json"
-    expected = f"\n{learning_page.page_text(json.loads(report.read_text()))}" if report.exists() else "\n"
+    report = docs / "per_step.json"
+    expected = f"\n{per_step_page.page_text(json.loads(report.read_text()))}" if report.exists() else "\n"
     text = (docs / "quality_and_speed.md").read_text()
-    assert text.partition(learning_page.BEGIN)[2].partition(learning_page.END)[0] == expected
+    assert text.partition(per_step_page.BEGIN)[2].partition(per_step_page.END)[0] == expected

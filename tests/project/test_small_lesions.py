@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import lesions_page, small_lesions
+from benchmarks.learning import lesions_page, small_lesions
 from volumes.phantom import LESION
 
 
@@ -57,7 +57,7 @@ def test_phantoms_have_a_lesion_of_the_sizes():
 
 
 def test_the_page_holds_the_report():
-    """Else run python -m benchmarks.lesions_page docs/small_lesions.json --page docs/small_structures.md."""
+    """Else run python -m benchmarks.learning.lesions_page docs/small_lesions.json --page docs/small_structures.md."""
     docs = Path(__file__).resolve().parents[2] / "docs"
     report = docs / "small_lesions.json"
     missing = "\nThe benchmark has not been run to its end yet, so there are no figures here.\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import finetuning
+from benchmarks.learning import finetuning
 
 
 @pytest.fixture

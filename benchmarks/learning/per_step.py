@@ -1,6 +1,6 @@
 """Train a tiny U-Net on hippocampus latents with changes of the loss, and compare what equally many steps learn.
 
-    OMP_NUM_THREADS=1 nice -n 19 python -m benchmarks.learning_per_step --output docs/learning_per_step.json
+    OMP_NUM_THREADS=1 nice -n 19 python -m benchmarks.learning.per_step --output docs/learning_per_step.json
 
 Each change has a plain training beside it with the same seed: the same initial weights, batches, timesteps (but for
 `uniform`) and noise. Both have the trainer's own step, optimizer and moving average, and are judged by the trainer's
@@ -362,7 +362,7 @@ def earlier(options: argparse.Namespace) -> list[Run]:
     """Return the trainings of the report that is there. Raises: ValueError if they had other steps."""
     if not options.output.exists():
         return []
-    report = read_report(options.output, Report, "benchmarks.learning_per_step")
+    report = read_report(options.output, Report, "benchmarks.learning.per_step")
     if report["steps"] != options.steps:
         raise ValueError(f"{options.output}: has trainings of {report['steps']} steps, not {options.steps}")
     return report["runs"]

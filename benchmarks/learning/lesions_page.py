@@ -1,6 +1,6 @@
 """Write the figures of small_lesions.json into docs/small_structures.md, between two comments.
 
-python -m benchmarks.lesions_page docs/small_lesions.json --page docs/small_structures.md
+python -m benchmarks.learning.lesions_page docs/small_lesions.json --page docs/small_structures.md
 """
 
 import argparse
@@ -12,7 +12,7 @@ from tools.markdown import parse_page, rewrite_between, table
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    return parse_page(__doc__, "JSON file of benchmarks.small_lesions", args)
+    return parse_page(__doc__, "JSON file of benchmarks.learning.small_lesions", args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -22,7 +22,7 @@ from evaluation.report import read_report
 
 from .small_lesions import Report
 
-BEGIN = "<!-- small lesions: written by benchmarks.lesions_page -->"
+BEGIN = "<!-- small lesions: written by benchmarks.learning.lesions_page -->"
 END = "<!-- end of small lesions -->"
 PARTS = {"real": "real phantoms", "autoencoders": "reconstructions", "generated": "generated volumes"}
 
@@ -55,5 +55,5 @@ def page_text(report: Report) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite the part of the page. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    report = read_report(options.report, Report, "benchmarks.small_lesions")
+    report = read_report(options.report, Report, "benchmarks.learning.small_lesions")
     rewrite_between(options.page, BEGIN, END, page_text(report))

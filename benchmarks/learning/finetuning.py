@@ -1,6 +1,6 @@
 """Compare fine-tuning the shipped weights with training from scratch, on 16 volumes of another label set.
 
-    python -m benchmarks.finetuning --output out/finetuning/finetuning.json
+    python -m benchmarks.learning.finetuning --output out/finetuning/finetuning.json
 
 For each seed, 16 volumes of the training split are sampled, and a U-Net is trained on them with the shipped autoencoder
 in three ways of equally many steps: fine-tuning all weights, a LoRA, and training from scratch. Each U-Net generates

@@ -1,7 +1,7 @@
 """Train a tiny diffusion model at two latent sizes, with and without the timestep shift, and compare the results.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.timestep_shift --output docs/timestep_shift.json
-    python -m benchmarks.shift_page docs/timestep_shift.json --page docs/large_latents.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.timestep_shift --output docs/timestep_shift.json
+    python -m benchmarks.learning.shift_page docs/timestep_shift.json --page docs/large_latents.md
 
 Phantoms of both sizes show the same structures. The latents are the standardized voxels, so that no autoencoder has a
 part in it. Networks, steps, batches and seeds are equal. At the smaller size the shift is 1 (it is `shift_voxels`), so

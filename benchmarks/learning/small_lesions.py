@@ -1,6 +1,6 @@
 """Train tiny models on phantoms with lesions of 2 to 6 voxels, and measure how well generated lesions are seen.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.small_lesions --output docs/small_lesions.json --work output/small_lesions
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.small_lesions --output docs/small_lesions.json --work output/lesions
 
 A segmenter is trained on real phantoms. It is then tested on other real phantoms, on their reconstructions by
 autoencoders that were trained with and without `loss_weights`, and on volumes that were generated from their masks, by

@@ -1,6 +1,6 @@
 """Write the figures of timestep_shift.json into docs/large_latents.md, between two comments.
 
-python -m benchmarks.shift_page docs/timestep_shift.json --page docs/large_latents.md
+python -m benchmarks.learning.shift_page docs/timestep_shift.json --page docs/large_latents.md
 """
 
 import argparse
@@ -12,7 +12,7 @@ from tools.markdown import parse_page, rewrite_between, table
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    return parse_page(__doc__, "JSON file of benchmarks.timestep_shift", args)
+    return parse_page(__doc__, "JSON file of benchmarks.learning.timestep_shift", args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -24,7 +24,7 @@ from evaluation.report import read_report
 
 from .timestep_shift import Report, Row
 
-BEGIN = "<!-- timestep shift: written by benchmarks.shift_page -->"
+BEGIN = "<!-- timestep shift: written by benchmarks.learning.shift_page -->"
 END = "<!-- end of timestep shift -->"
 SHOWN = ("600", "800", "900", "950", "980")  # timesteps, of 1000
 
@@ -75,5 +75,5 @@ def models_text(models: Sequence[Row]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite the part of the page. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    report = read_report(options.report, Report, "benchmarks.timestep_shift")
+    report = read_report(options.report, Report, "benchmarks.learning.timestep_shift")
     rewrite_between(options.page, BEGIN, END, page_text(report))

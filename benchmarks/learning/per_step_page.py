@@ -1,6 +1,6 @@
 """Write the figures of learning_per_step.json into docs/quality_and_speed.md, between two comments.
 
-python -m benchmarks.learning_page docs/learning_per_step.json --page docs/quality_and_speed.md
+python -m benchmarks.learning.per_step_page docs/learning_per_step.json --page docs/quality_and_speed.md
 """
 
 import argparse
@@ -12,7 +12,7 @@ from tools.markdown import parse_page, rewrite_between, table
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    return parse_page(__doc__, "JSON file of benchmarks.learning_per_step", args)
+    return parse_page(__doc__, "JSON file of benchmarks.learning.per_step", args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -20,9 +20,9 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 from evaluation.report import read_report
 
-from .learning_per_step import Figure, Report
+from .per_step import Figure, Report
 
-BEGIN = "<!-- learning per step: written by benchmarks.learning_page -->"
+BEGIN = "<!-- learning per step: written by benchmarks.learning.per_step_page -->"
 END = "<!-- end of learning per step -->"
 
 
@@ -55,5 +55,5 @@ def page_text(report: Report) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite the part of the page. Raises: ValueError if the page does not have the two comments."""
     options = parse(args)
-    report = read_report(options.report, Report, "benchmarks.learning_per_step")
+    report = read_report(options.report, Report, "benchmarks.learning.per_step")
     rewrite_between(options.page, BEGIN, END, page_text(report))

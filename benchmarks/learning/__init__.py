@@ -1,0 +1,1 @@
+"""Benchmarks of what a training step learns: losses, timesteps, small structures, fine-tuning."""
