@@ -129,7 +129,7 @@ class SlabCoder:
                 x = self._stored(self._convolution(x, block.postconv.conv, upsample=block.upsample_non_trainable))
             else:
                 x = self._stored(self._convolution(x, block.conv))
-        yield from self._convolution(x, final.conv, norm)
+        yield from self._convolution(x, final.conv, norm, silu=False)  # MONAI's networks have none there
 
     def _stored(self, slabs: Iterator[Tensor]) -> FeatureMap:
         made = FeatureMap(self.spool)
@@ -156,6 +156,7 @@ class SlabCoder:
         conv: Any,
         norm: nn.GroupNorm | None = None,
         *,
+        silu: bool = True,
         upsample: nn.Module | None = None,
         margin: tuple[int, int] = (1, 1),
         beside: tuple[nn.Module, FeatureMap] | None = None,
@@ -166,6 +167,7 @@ class SlabCoder:
         """Yield slabs of conv(silu(norm(x))), or of conv(upsample(x)).
 
         Args:
+            silu: whether the norm is followed by SiLU.
             margin: planes of zeros before and after the volume, by which `conv` is padded along the third axis.
             beside: a convolution of kernel 1, and the map to which its result for x is written.
             added: a map that is added to the result, after `shortcut` if given.
@@ -189,7 +191,9 @@ class SlabCoder:
             if beside is not None:
                 beside[1].append(beside[0](inside[:, :, planes.start - first : planes.stop - first]))
             if norm is not None:
-                F.silu(norm(inside, moments), inplace=True)
+                norm(inside, moments)
+                if silu:
+                    F.silu(inside, inplace=True)
             if stride > 1:  # padded at the end of each axis only
                 padded = F.pad(padded, (*margin, *margin))
             result = conv(padded, slab=True)
