@@ -15,7 +15,7 @@ from pathlib import Path
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
 
-SIDES = (128, 64, 96)
+SIDES = (64, 128, 96)
 CHANNELS = (64, 128, 256)
 
 
@@ -23,7 +23,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = Number(PositiveInt)
-    parser.add_argument("--sides", type=count, nargs="+", default=SIDES, help="of the cubes of voxels (128 64 96)")
+    parser.add_argument("--sides", type=count, nargs="+", default=SIDES, help="of the cubes of voxels (64 128 96)")
     parser.add_argument("--large", type=count, nargs="*", default=(), help="of cubes that are decoded in slabs only")
     parser.add_argument("--channels", type=count, nargs="+", default=CHANNELS, help="of the levels (64 128 256)")
     parser.add_argument("--groups", type=count, default=32, help="of the norms (32)")

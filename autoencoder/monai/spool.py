@@ -128,9 +128,7 @@ class FeatureMap:
             self._sums = slab.new_zeros((2, len(slab), slab.shape[1]), dtype=torch.float64)
         assert tuple(planes.shape[1:]) == self.shape
         for plane in planes:
-            values = plane.to(torch.float64)
-            self._sums[0] += values.sum(dim=(1, 2))
-            self._sums[1] += values.square_().sum(dim=(1, 2)) if values is not plane else values.square().sum((1, 2))
+            self._sums += plane_sums(plane)
             self._planes[self.depth] = [self.spool.put(one) for one in plane]
             self.depth += 1
 
@@ -154,11 +152,25 @@ class FeatureMap:
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
         """Return mean and variance (B, groups) over all planes, in float64."""
-        batch, height, width, channels = self.shape
-        count = self.depth * height * width * channels // groups
-        sums, squares = self._sums.view(2, batch, groups, -1).sum(dim=3)
-        mean = sums / count
-        return mean, (squares / count - mean.square()).clamp(min=0)
+        _, height, width, _ = self.shape
+        return group_moments(self._sums, self.depth * height * width, groups)
+
+
+def plane_sums(plane: Tensor) -> Tensor:
+    """Return the sums, and those of the squares, of each channel of a plane (B, Y, X, C): (2, B, C) in float64."""
+    values = plane.to(torch.float64)
+    return torch.stack([values.sum(dim=(1, 2)), values.square().sum(dim=(1, 2))])
+
+
+def group_moments(sums: Tensor, voxels: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance (B, groups) of groups of channels, from the `plane_sums` of all planes of a map.
+
+    Args:
+        voxels: of the map.
+    """
+    _, batch, channels = sums.shape
+    means, squares = sums.view(2, batch, groups, -1).sum(dim=3) / (voxels * channels // groups)
+    return means, (squares - means.square()).clamp(min=0)
 
 
 def _bytes(tensor: Tensor) -> int:
