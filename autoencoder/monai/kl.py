@@ -166,7 +166,9 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
             if not x.depth:
                 raise ValueError("there are no slabs to encode")
             if x.depth % self.stride[2]:
-                raise ValueError(f"the slabs have {x.depth} planes, not a multiple of {self.stride[2]}: pad the volume first")
+                raise ValueError(
+                    f"the slabs have {x.depth} planes, not a multiple of {self.stride[2]}: pad the volume first"
+                )
             for hidden in self._coder(self.encoder, spool).run(x):
                 yield self._moments(hidden).transpose(2, 4).contiguous()
 
