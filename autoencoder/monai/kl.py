@@ -1,7 +1,7 @@
 """MonaiAutoencoderKL: MONAI's autoencoder with GroupNorm and attention, as one of ours. Axes: (B, C, X, Y, Z).
 
 The layers are MONAI's own, so that weights trained elsewhere compute what they computed there; `interop` converts them.
-GroupNorm needs the statistics of whole feature maps; `autoencoder.monai.slabs` codes large volumes in slabs all the same.
+GroupNorm needs the statistics of whole feature maps; `autoencoder.monai.slabs` takes them slab by slab.
 """
 
 import math

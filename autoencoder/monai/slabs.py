@@ -3,8 +3,8 @@
 One layer after another runs over all slabs: it reads its input from a spool, slab by slab with the planes around it
 that its kernel sees, and writes its output to the spool. While that is written, its sums and sums of squares are added
 up in float64. So the next norm knows its statistics before its first slab, and every convolution is computed once. A
-plane is forgotten as soon as no layer needs it, so the spool holds about one map. Attention holds the keys and values
-of its level.
+plane is forgotten as soon as no layer needs it, so the spool holds one map, and in a residual block two. Attention
+holds the keys and values of its level.
 
 Axes: (B, C, Z, Y, X), see `autoencoder.monai.spool`.
 """
@@ -50,8 +50,8 @@ class SlabConvTranspose3d(nn.ConvTranspose3d):
 class SlabGroupNorm(nn.GroupNorm):
     """nn.GroupNorm that can also normalize a slab by the moments of the whole map.
 
-    In inference on a CPU it takes its statistics in float64: PyTorch's kernel for channels_last_3d (seen in 2.13) adds up
-    float32, which at 64^3 voxels moves the result by 2e-5 of its range.
+    In inference on a CPU it takes its statistics in float64: PyTorch's kernel for channels_last_3d (seen in 2.13) adds
+    up float32, which at 64^3 voxels moves the result by 2e-5 of its range.
     """
 
     def forward(self, x: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:

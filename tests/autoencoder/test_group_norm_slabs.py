@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoencoder import MonaiAutoencoderKL
 from autoencoder.monai import spool as spools
-from autoencoder.monai.slabs import SlabConvTranspose3d, SlabCoder, SlabGroupNorm
+from autoencoder.monai.slabs import SlabCoder, SlabConvTranspose3d, SlabGroupNorm
 from autoencoder.monai.spool import FeatureMap, Spool
 from evaluation.doctor.memory import generation_bytes
 from files.documents import FileError
