@@ -57,7 +57,8 @@ class SlabGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Normalize (B, C, ...). With `moments` (mean and variance (B, groups) in float64) in place."""
         if moments is None:
-            if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 5:
+            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            if x.device.type != "cpu" or torch.is_grad_enabled() or traced:
                 return super().forward(x)
             sums = x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
             for plane in x.permute(2, 0, 3, 4, 1):
@@ -121,8 +122,8 @@ class SlabCoder:
 
     def run(self, x: FeatureMap) -> Iterator[Tensor]:
         """Yield consecutive slabs (B, C, n, Y, X) of the network's output. The map is forgotten on the way."""
-        *blocks, final = self.network.blocks
-        norm = None
+        blocks: list[Any] = list(self.network.blocks)
+        final, norm = blocks.pop(), None
         for block in blocks:
             if isinstance(block, nn.GroupNorm):
                 norm = block
@@ -151,12 +152,12 @@ class SlabCoder:
         shortcut = None if isinstance(block.nin_shortcut, nn.Identity) else block.nin_shortcut
         if shortcut is not None and block.out_channels < block.in_channels:  # keep the result, which is smaller than x
             added = FeatureMap(self.spool)
-            hidden = self._convolution(x, block.conv1.conv, block.norm1, beside=(shortcut, added))
+            slabs = self._convolution(x, block.conv1.conv, block.norm1, beside=(shortcut, added))
             shortcut = None
         else:
             added = x
-            hidden = self._convolution(x, block.conv1.conv, block.norm1, last=False)
-        hidden = self._stored(hidden)
+            slabs = self._convolution(x, block.conv1.conv, block.norm1, last=False)
+        hidden = self._stored(slabs)
         return self._stored(self._convolution(hidden, block.conv2.conv, block.norm2, added=added, shortcut=shortcut))
 
     def _convolution(
