@@ -40,7 +40,8 @@ import ctypes
 import os
 import tempfile
 import time
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -126,14 +127,14 @@ def code(job: str, network: str, side: int, options: argparse.Namespace, folder:
         row["detail"] = found.get("detail", "")
         return row
     values = found.get("values", {})
-    row.update(seconds=found["seconds"]["median"], memory_bytes=found["memory"]["above"], **values)  # pyright: ignore[reportTypedDictNotRequiredAccess, reportCallIssue]
+    row.update(seconds=found["seconds"]["median"], memory_bytes=found["memory"]["above"], **values)  # pyright: ignore[reportTypedDictNotRequiredAccess]
     if whole.exists() and output != whole:
         expected, coded = np.load(whole), np.load(output)
         row["difference"] = float(np.abs(coded - expected).max() / np.ptp(expected))
     return row
 
 
-def maisi_arguments(channels: Sequence[int], groups: int) -> dict[str, object]:
+def maisi_arguments(channels: Sequence[int], groups: int) -> Mapping[str, Any]:
     """Return the arguments of MAISI's autoencoder as published, with these widths, and in one piece."""
     published = FORMATS["maisi-rflow-ct"].parts[0].arguments
     assert published is not None
@@ -173,7 +174,8 @@ def prepare(
         start = time.process_time()
         with torch.inference_mode():
             if isinstance(net, MonaiAutoencoderKL):
-                coded = net.decode(given).sample if job == "decoding" else net.encode(given).latent_dist.raw_mean
+                (posterior,) = net.encode(given, return_dict=False) if job == "encoding" else (None,)
+                coded = net.decode(given, return_dict=False)[0] if posterior is None else posterior.raw_mean
             else:
                 coded = net.decode(given) if job == "decoding" else net.encode(given)[0]
         seconds = time.process_time() - start

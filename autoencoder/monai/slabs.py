@@ -37,7 +37,7 @@ class SlabConv3d(nn.Conv3d):
 class SlabConvTranspose3d(nn.ConvTranspose3d):
     """nn.ConvTranspose3d that can also work on a slab, and then keeps all planes along the third axis."""
 
-    def forward(self, x: Tensor, slab: bool = False) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor, slab: bool = False) -> Tensor:
         """Convolve (B, C, X, Y, Z); with `slab` (B, C, Z, Y, X), without cropping along Z."""
         if not slab:
             return super().forward(x)
@@ -133,10 +133,8 @@ class SlabCoder:
                 x = self._stored(self._attention(x, block))
             elif isinstance(block, AEKLDownsample):
                 x = self._stored(self._convolution(x, block.conv.conv, margin=(0, 1)))
-            elif isinstance(block, Upsample) and hasattr(block, "deconv"):
-                x = self._stored(self._transposed(x, block.deconv))
             elif isinstance(block, Upsample):
-                x = self._stored(self._convolution(x, block.postconv.conv, upsample=block.upsample_non_trainable))
+                x = self._upsampling(x, dict(block.named_children()))
             else:
                 x = self._stored(self._convolution(x, block.conv))
         yield from self._convolution(x, final.conv, norm, silu=False)  # MONAI's networks have none there
@@ -146,6 +144,12 @@ class SlabCoder:
         for slab in slabs:
             made.append(slab)
         return made
+
+    def _upsampling(self, x: FeatureMap, layers: dict[str, Any]) -> FeatureMap:
+        if "deconv" in layers:
+            return self._stored(self._transposed(x, layers["deconv"]))
+        upsample, conv = layers["upsample_non_trainable"], layers["postconv"].conv
+        return self._stored(self._convolution(x, conv, upsample=upsample))
 
     def _residual(self, x: FeatureMap, block: Any) -> FeatureMap:
         """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), where a 1x1x1 convolution may change the channels of x."""

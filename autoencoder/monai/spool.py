@@ -59,7 +59,7 @@ class Spool:
         chunks = [self._free.pop() if self._free else self._new() for _ in range(-(-size // CHUNK))]
         if isinstance(plane, FakeTensor):  # without values, for an estimate of memory
             return chunks
-        data = memoryview(plane.cpu().view(-1).view(torch.uint8).numpy())
+        data = _memory_of(plane.cpu())
         try:
             if self._file is None:
                 self._file = cast(FileIO, tempfile.TemporaryFile(buffering=0))
@@ -86,7 +86,7 @@ class Spool:
             return
         direct = plane.device.type == "cpu" and plane.is_contiguous()
         read = plane if direct else torch.empty(plane.shape, dtype=plane.dtype)
-        data = memoryview(read.view(-1).view(torch.uint8).numpy())
+        data = _memory_of(read)
         assert self._file is not None
         for number, chunk in enumerate(kept):
             self._file.seek(chunk * CHUNK)
@@ -171,6 +171,11 @@ def group_moments(sums: Tensor, voxels: int, groups: int) -> tuple[Tensor, Tenso
     _, batch, channels = sums.shape
     means, squares = sums.view(2, batch, groups, -1).sum(dim=3) / (voxels * channels // groups)
     return means, (squares - means.square()).clamp(min=0)
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, of which it is a view."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _bytes(tensor: Tensor) -> int:
