@@ -19,6 +19,8 @@ from monai.networks.blocks import SpatialAttentionBlock, Upsample
 from monai.networks.nets.autoencoderkl import AEKLDownsample, AEKLResBlock, Decoder, Encoder
 from torch import Tensor, nn
 
+from autoencoder.layers import as_stride, convolve
+
 from .spool import FeatureMap, Spool, group_moments, plane_sums
 
 
@@ -30,8 +32,8 @@ class SlabConv3d(nn.Conv3d):
         if not slab:
             return super().forward(x)
         px, py, _ = (int(n) for n in self.padding)
-        weight = self.weight.transpose(2, 4)
-        return F.conv3d(x, weight, self.bias, self.stride[::-1], (0, py, px), self.dilation[::-1], self.groups)
+        stride, dilation = as_stride(self.stride[::-1]), as_stride(self.dilation[::-1])
+        return convolve(x, self.weight.transpose(2, 4), self.bias, stride, (0, py, px), dilation, self.groups)
 
 
 class SlabConvTranspose3d(nn.ConvTranspose3d):

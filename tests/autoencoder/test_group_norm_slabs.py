@@ -227,10 +227,10 @@ def test_the_estimate_of_slabs_is_what_decoding_takes():
     vae, latents = autoencoder(**config), torch.randn(1, 4, 12, 12, 12)
     vae.enable_tiling(300_000)
     taken = peak_bytes(lambda: vae.decode(latents))
-    parts = generation_bytes(vae, None, (24, 24, 24), 1)
-    assert 0.7 < parts["decoding"] / taken < 1.4
+    parts = generation_bytes(vae, None, (24, 24, 24), 1, cpu=True)
+    assert 0.6 < parts["decoding"] / taken < 1.6
     whole = autoencoder(**config)
-    assert parts["decoding"] < 0.5 * generation_bytes(whole, None, (24, 24, 24), 1)["decoding"]
+    assert parts["decoding"] < 0.5 * generation_bytes(whole, None, (24, 24, 24), 1, cpu=True)["decoding"]
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
