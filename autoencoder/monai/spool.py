@@ -73,7 +73,7 @@ class Spool:
                 raise
             raise FileError(
                 f"{tempfile.gettempdir()}: {error.strerror}, after {self.chunks * CHUNK / 1e9:.2f} GB of feature maps; "
-                "set TMPDIR to a folder with more room (docs/large_volumes.md has a table of what it takes)"
+                "set TMPDIR to a folder with more room (docs/large_volumes.md says how much it takes)"
             ) from error
         return chunks
 
