@@ -49,7 +49,6 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["AEKLResBlock"]
     _repeated_blocks = ["AEKLResBlock"]
-    _group_offload_block_modules = ["encoder", "decoder", "quant_conv_mu", "quant_conv_log_sigma", "post_quant_conv"]
 
     @register_to_config
     def __init__(

@@ -10,7 +10,7 @@ Axes: (B, C, Z, Y, X), see `autoencoder.monai.spool`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ class SlabCoder:
             made.append(slab)
         return made
 
-    def _upsampling(self, x: FeatureMap, layers: dict[str, Any]) -> FeatureMap:
+    def _upsampling(self, x: FeatureMap, layers: Mapping[str, Any]) -> FeatureMap:
         if "deconv" in layers:
             return self._stored(self._transposed(x, layers["deconv"]))
         upsample, conv = layers["upsample_non_trainable"], layers["postconv"].conv
