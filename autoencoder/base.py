@@ -213,7 +213,7 @@ class VolumeAutoencoder(VolumeModel, Generic[Distribution], ABC):
         if self.tiles(x.shape[2:], len(x)):
             slabs = x.split(self.stride[2] * self.slab_planes(x.shape[2:], len(x)), dim=4)
             cells = [n // s for n, s in zip(x.shape[2:], self.stride, strict=True)]
-            encoded = _assemble(stream_slabs(self._encode, slabs), cells)
+            encoded = _assemble(self._encoded_slabs(slabs), cells)
         else:
             encoded = self._encode(x)
         posterior = self._distribution(encoded)
@@ -237,7 +237,7 @@ class VolumeAutoencoder(VolumeModel, Generic[Distribution], ABC):
         Raises: ValueError if there are no slabs, for another number of channels, and if their total thickness is not a
         multiple of the stride.
         """
-        for encoded in stream_slabs(self._encode, (self._checked(slab, sides=2) for slab in slabs)):
+        for encoded in self._encoded_slabs(self._checked(slab, sides=2) for slab in slabs):
             yield self._distribution(encoded)
 
     @apply_forward_hook
@@ -258,6 +258,10 @@ class VolumeAutoencoder(VolumeModel, Generic[Distribution], ABC):
                 f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
             )
         return x
+
+    def _encoded_slabs(self, slabs: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the encoder's output for consecutive slabs of volumes."""
+        return stream_slabs(self._encode, slabs)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Map volumes to the encoder's output."""

@@ -64,17 +64,25 @@ class Conv3d(nn.Conv3d):
         return self._convolve(planes, (px, py, 0))
 
     def _convolve(self, x: Tensor, padding: Stride) -> Tensor:
-        if (
-            x.device.type == "cpu"
-            and x.dtype == torch.float32 == self.weight.dtype
-            and len(x) == 1
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.is_available()
-            and not torch.compiler.is_compiling()
-        ):
-            return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
-        return F.conv3d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        stride, dilation = as_stride(self.stride), as_stride(self.dilation)
+        return convolve(x, self.weight, self.bias, stride, padding, dilation, self.groups)
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, padding: Stride, dilation: Stride, groups: int
+) -> Tensor:
+    """Convolve, on a CPU in inference by oneDNN, whatever the size: see `Conv3d`."""
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32 == weight.dtype
+        and len(x) == 1
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and not torch.compiler.is_compiling()
+    ):
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
 
 class ChannelRMSNorm(nn.Module):

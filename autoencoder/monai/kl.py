@@ -1,7 +1,7 @@
 """MonaiAutoencoderKL: MONAI's autoencoder with GroupNorm and attention, as one of ours. Axes: (B, C, X, Y, Z).
 
 The layers are MONAI's own, so that weights trained elsewhere compute what they computed there; `interop` converts them.
-GroupNorm needs the statistics of the whole volume, so this autoencoder codes volumes in one piece only.
+GroupNorm needs the statistics of whole feature maps; `autoencoder.monai.slabs` takes them slab by slab.
 """
 
 import math
@@ -18,6 +18,9 @@ from autoencoder.base import LIVE_ACTIVATIONS, SLAB_BYTES, LatentMean, LatentStd
 from autoencoder.layers import as_stride
 from autoencoder.posterior import DiagonalGaussian3D
 from cli.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from .slabs import SlabCoder, allow_slabs
+from .spool import FeatureMap, Spool
 
 
 class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
@@ -103,6 +106,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         for module in self.decoder.modules():
             if isinstance(module, nn.Upsample) and upsampling == "trilinear":
                 module.mode = "trilinear"
+        allow_slabs(self)
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
         self._check_statistics(latents_mean, latents_std)
 
@@ -116,41 +120,79 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
 
     def tiles(self, shape: Sequence[int], batch: int = 1) -> bool:
-        """Return False: GroupNorm needs the whole volume."""
-        return False
+        """Return what `VolumeAutoencoder.tiles` does; where gradients are needed, False."""
+        return not torch.is_grad_enabled() and super().tiles(shape, batch)
 
     def enable_tiling(self, slab_bytes: int = SLAB_BYTES) -> None:
-        """Raise ValueError: GroupNorm needs the whole volume."""
-        raise ValueError(
-            f"{type(self).__name__} codes volumes in one piece: its GroupNorms need the whole volume, and slabs would "
-            "give other voxels"
-        )
+        """Encode and decode in slabs along the third axis, with the result of one piece, up to rounding: see
+        `autoencoder.monai.slabs`. Feature maps that do not fit go to a temporary file, in the folder that the
+        environment variable TMPDIR names. Where gradients are needed, the volume is coded in one piece.
 
-    @apply_forward_hook
-    def encode_slabs(self, slabs: Iterable[Tensor]) -> Iterator[DiagonalGaussian3D]:
-        """Encode consecutive slabs (B, C, X, Y, z) along the third axis, which are joined first. Yields one posterior.
-
-        Raises: ValueError as `encode`, and if there are no slabs.
+        Args:
+            slab_bytes: bytes that activations may take: three quarters for one slab, of at least one plane, and a
+                quarter for feature maps.
         """
-        pieces = list(slabs)
-        if not pieces:
-            raise ValueError("there are no slabs to encode")
-        yield self.encode(torch.cat(pieces, dim=4), return_dict=False)[0]
+        super().enable_tiling(slab_bytes)
 
     @apply_forward_hook
     def decode_slabs(self, z: Tensor) -> Iterator[Tensor]:
-        """Decode latents (B, latent_channels, h, w, d). Yields the volume (B, C, X, Y, Z) as one slab."""
-        yield self._decode(z)
+        """Decode into consecutive slabs (B, C, X, Y, z) along the third axis; into a single one where gradients are
+        needed.
+
+        Raises: FileError if the disk is full.
+        """
+        if torch.is_grad_enabled():
+            yield self._decode(z)
+            return
+        scale, shift = self._intensity()
+        with self._spool() as spool:
+            x = FeatureMap(spool)
+            x.append(self._raw(z).transpose(2, 4))
+            for slab in self._coder(self.decoder, spool).run(x):
+                yield ((slab - shift) / scale).transpose(2, 4).contiguous()
+
+    def _encoded_slabs(self, slabs: Iterable[Tensor]) -> Iterator[Tensor]:
+        if torch.is_grad_enabled():
+            pieces = list(slabs)
+            if not pieces:
+                raise ValueError("there are no slabs to encode")
+            yield self._encode(torch.cat(pieces, dim=4))
+            return
+        scale, shift = self._intensity()
+        with self._spool() as spool:
+            x = FeatureMap(spool)
+            for slab in slabs:
+                x.append((slab * scale + shift).transpose(2, 4))
+            if not x.depth:
+                raise ValueError("there are no slabs to encode")
+            if x.depth % self.stride[2]:
+                raise ValueError(
+                    f"the slabs have {x.depth} planes, not a multiple of {self.stride[2]}: pad the volume first"
+                )
+            for hidden in self._coder(self.encoder, spool).run(x):
+                yield self._moments(hidden).transpose(2, 4).contiguous()
+
+    def _spool(self) -> Spool:
+        return Spool(self.slab_bytes // 4)
+
+    def _coder(self, network: Any, spool: Spool) -> SlabCoder:
+        return SlabCoder(network, spool, self.slab_bytes - self.slab_bytes // 4)
 
     def _encode(self, x: Tensor) -> Tensor:
         scale, shift = self._intensity()
-        hidden = self.encoder(x * scale + shift)
+        return self._moments(self.encoder(x * scale + shift))
+
+    def _moments(self, hidden: Tensor) -> Tensor:
         return torch.cat([self.quant_conv_mu(hidden), self.quant_conv_log_sigma(hidden)], dim=1)
 
     def _decode(self, z: Tensor) -> Tensor:
-        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
         scale, shift = self._intensity()
-        return (self.decoder(self.post_quant_conv(z * std + mean)) - shift) / scale
+        return (self.decoder(self._raw(z)) - shift) / scale
+
+    def _raw(self, z: Tensor) -> Tensor:
+        """Return what the decoder takes for standardized latents."""
+        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
+        return self.post_quant_conv(z * std + mean)
 
     def _intensity(self) -> tuple[float, float]:
         """Return scale and shift from our intensities to the original's."""

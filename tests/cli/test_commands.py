@@ -43,6 +43,8 @@ MODULES += [
         "full_size",
         "learning.finetuning",
         "generation",
+        "group_norm_page",
+        "group_norm_streaming",
         "prepared",
         "speed.headline",
         "processes",

@@ -21,6 +21,7 @@ from interop.convert import convert
 from interop.formats import FORMATS
 from interop.networks import PEERS, config_of, expected_shapes, renamed
 from pipelines import MedVolumePipeline, read_sidecar
+from pipelines.decoding import VolumeDecoder
 from pipelines.storage.loading import load_autoencoder
 
 MAISI = [name for name in FORMATS if name.startswith("maisi")]
@@ -230,17 +231,19 @@ def peers_unet():
     return config | {"num_head_channels": [0, 8], "takes_spacing": True}
 
 
-def test_whole_volumes_only(tmp_path):
-    vae = MonaiAutoencoderKL(channels=[8, 8], num_res_blocks=[1, 1], attention_levels=[False, False], norm_num_groups=4)
-    vae.eval()
-    with pytest.raises(ValueError, match="in one piece"):
-        vae.enable_tiling()
-    volume = torch.randn(1, 1, 8, 8, 12)
+def test_a_converted_autoencoder_decodes_large_volumes_in_slabs(tmp_path, monkeypatch):
+    peers.narrow(monkeypatch, "maisi-rflow-ct")
+    peers.write_maisi(tmp_path / "hub", "maisi-rflow-ct")
+    convert("maisi-rflow-ct", tmp_path / "hub", tmp_path / "out")
+    vae, latents = load_autoencoder(tmp_path / "out"), torch.randn(1, 4, 4, 6, 8)
+    decoder = VolumeDecoder(vae, None, None, "pt")  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
-        whole = vae.encode(volume).latent_dist.mode()
-        (posterior,) = vae.encode_slabs(volume.split([3, 9], dim=4))
-        assert torch.equal(posterior.mode(), whole)
-        assert torch.equal(torch.cat(list(vae.decode_slabs(whole)), dim=4), vae.decode(whole).sample)
+        whole = list(decoder._decode(latents[0]))
+        monkeypatch.setattr("autoencoder.base.WHOLE_BYTES", 0)
+        vae.slab_bytes = 20_000
+        slabs = list(decoder._decode(latents[0]))
+    assert len(whole) == 1 < len(slabs)
+    assert_equal(torch.cat(slabs, dim=3), whole[0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import planted
 import pytest
 import torch
 
-from benchmarks import equal_time, generation, processes, survival
+from benchmarks import equal_time, generation, group_norm_page, group_norm_streaming, processes, survival
 from benchmarks.equal_time import schedule
 from benchmarks.learning import finetuning, per_step, shift_page, small_lesions, timestep_shift
 from benchmarks.speed import (
@@ -34,6 +34,7 @@ from benchmarks.speed.measure import measure
         (choices, "--repeats 0"),
         (finetuning, "--k -1"),
         (generation, "--steps 0"),
+        (group_norm_streaming, "--slab_mib 0"),
         (generation, "--guidance_scale nan"),
         (per_step, "--seeds -1"),
         (processes, "--steps 0"),
@@ -321,3 +322,19 @@ def test_the_page_on_large_latents_holds_the_report():
     text = (docs / "large_latents.md").read_text()
     assert list(map(int, report["unknown"])) == list(timestep_shift.SIDES)
     assert text.partition(shift_page.BEGIN)[2].partition(shift_page.END)[0] == f"\n{shift_page.page_text(report)}"
+
+
+def test_a_tiny_run_of_slabs_beside_the_whole(tmp_path):
+    report, page = tmp_path / "slabs.json", tmp_path / "page.md"
+    sizes = ["--channels", "8", "8", "--groups", "4", "--sides", "8", "--large", "16", "--slab_mib", "1"]
+    found = group_norm_streaming.main(["--output", str(report), *sizes])
+    assert json.loads(report.read_text())["rows"] == found["rows"] and found["parameters"] > 1000
+    ran = [(row["job"], row["network"], row["side"], row["status"]) for row in found["rows"]]
+    expected = [(job, name, 8, "ok") for job in ("decoding", "encoding") for name in ("whole", "slabs", "monai")]
+    assert ran == [*expected, ("decoding", "slabs", 16, "ok")]
+    assert [0 < row["difference"] < 1e-5 for row in found["rows"] if "difference" in row] == [True] * 4
+    page.write_text(f"before\n{group_norm_page.BEGIN}\nold\n{group_norm_page.END}\nafter\n")
+    group_norm_page.main([str(report), "--page", str(page)])
+    text = page.read_text()
+    assert "\nold" not in text and f"| {found['rows'][1]['difference']:.1e} |" in text
+    assert text.count("| decoding | 8^3 |") == 3 and "| decoding | 16^3 | ours, in slabs |" in text
