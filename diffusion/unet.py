@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -19,28 +18,25 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
-from autoencoder.model import VolumeModel
 from cli.settings import (
     NonNegativeInt,
     PositiveInt,
     Range,
     ShareBelowOne,
 )
-from volumes.data.subjects import SubjectRecord
 
 from .attention import SelfAttention
 from .condition_embedding import ConditionEmbedding
 from .conditioning import ConditionSchema
+from .denoiser import LatentDenoiser
 from .folding import FoldedMaskEmbedding
 from .images import image_columns
 from .objectives import (
     FLOW_MAP,
     MAX_SHIFT_VOXELS,
-    TRAIN_STEPS,
     check_objective,
     check_shift,
     check_train_steps,
-    shift_of,
 )
 from .scheduler_options import MAX_TIMESTEPS
 
@@ -81,7 +77,7 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
     return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
 
 
-class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
+class LatentUNet3D(LatentDenoiser, AttentionMixin):
     """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents. It is conditioned on any of these: a mask
     folded to the latent grid, classes, numbers, and images (condition channels).
 
@@ -115,7 +111,6 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         subjects: records of the training subjects (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
-    lora_subjects: dict[str, Sequence[SubjectRecord] | None]  # of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`
@@ -216,18 +211,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             _AttentionBackendRegistry.set_active_backend(default)
 
     @property
-    def train_steps(self) -> int:
-        """Number of steps of the schedule that it was trained with."""
-        return self.config["train_steps"] or TRAIN_STEPS
-
-    @property
     def takes_next_timestep(self) -> bool:
         """Whether it predicts the average velocity to a second time, `next_timestep`."""
         return self.next_embedding is not None
-
-    def timestep_shift(self, sides: Sequence[int]) -> float:
-        """Return the shift of timesteps on a grid of latents (h, w, d); 1 for a model without `shift_voxels`."""
-        return shift_of(sides, self.config["shift_voxels"])
 
     @property
     def takes_partial_masks(self) -> bool:

@@ -157,6 +157,8 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         config["takes_regions"] = True
     if transposed:
         config["upsampling"] = "transposed"
+    if isinstance(count := config.get("num_class_embeds"), int):
+        config |= {"classes": {"label": [str(label) for label in range(count)]}, "class_labels": [*range(count)]}
     for name in ("num_res_blocks", "num_head_channels"):
         if isinstance(config.get(name), int) and isinstance(levels := config.get("channels"), list | tuple):
             config[name] = [config[name]] * len(levels)
