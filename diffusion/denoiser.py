@@ -1,7 +1,7 @@
 """LatentDenoiser: what pipelines and training ask of a U-Net, whoever designed it."""
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor
@@ -12,6 +12,11 @@ from volumes.data.subjects import SubjectRecord
 from .conditioning import ConditionSchema
 from .objectives import TRAIN_STEPS, fit_scheduler, make_scheduler, shift_of
 from .scheduler_options import Betas, Scheduler
+
+if TYPE_CHECKING:
+    from autoencoder import VolumeAutoencoder
+
+    from .completion import DataFacts
 
 
 class LossSettings(TypedDict):
@@ -35,6 +40,13 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin):
     stride: int = 1  # sides of the latents are multiples of it
     shift_power: float = 0.5  # of the number of latent voxels, in the shift of timesteps
     mask_stride: tuple[int, int, int]  # of a model with masks
+
+    @classmethod
+    def complete(
+        cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
+    ) -> dict[str, Any]:
+        """Return a model section with the entries that autoencoder and data decide, see `complete_model`."""
+        raise NotImplementedError
 
     @property
     def condition_schema(self) -> ConditionSchema:
@@ -62,6 +74,11 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin):
         return False
 
     @property
+    def num_labels(self) -> int:
+        """Number of labels of the masks that condition it; 0 for a model without."""
+        return self.config.get("num_labels") or 0
+
+    @property
     def loss_settings(self) -> LossSettings:
         """How `training_loss` noises its latents."""
         return {
@@ -86,4 +103,3 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin):
     def embed_mask(self, ids: Tensor) -> Tensor:
         """Raise ValueError: this model takes no masks."""
         raise ValueError("this model was trained without a mask condition; omit `mask`")
-

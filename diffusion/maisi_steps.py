@@ -51,9 +51,7 @@ def with_maisi_steps(fitted: Scheduler) -> FlowMatchMaisiScheduler:
     name = type(fitted).__name__
     if not (is_flow(fitted) and name == "FlowMatchEulerDiscreteScheduler") or spacing(fitted.config):
         raise ValueError(
-            f"maisi_steps: are those of Euler on a rectified flow, the scheduler is {name}; set maisi_steps to false in "
-            "sampling.json, or give the pipeline a FlowMatchEulerDiscreteScheduler"
+            f"maisi_steps: are those of Euler on a rectified flow, the scheduler is {name}; set maisi_steps to false "
+            "in sampling.json, or give the pipeline a FlowMatchEulerDiscreteScheduler"
         )
-    return FlowMatchMaisiScheduler(
-        num_train_timesteps=fitted.config["num_train_timesteps"], shift=float(fitted.shift)
-    )
+    return FlowMatchMaisiScheduler(num_train_timesteps=fitted.config["num_train_timesteps"], shift=float(fitted.shift))

@@ -1,8 +1,8 @@
 """MonaiUNet3D: MONAI's diffusion U-Net, as a model of ours. Axes: latents (B, C, h, w, d)."""
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -15,7 +15,12 @@ from .conditioning import ConditionSchema
 from .denoiser import LatentDenoiser
 from .objectives import FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
 from .scheduler_options import MAX_TIMESTEPS, Betas
-from .unet import LatentUNet3DOutput
+from .unet import LatentUNet3DOutput, pad_at_end
+
+if TYPE_CHECKING:
+    from autoencoder import VolumeAutoencoder
+
+    from .completion import DataFacts
 
 REGIONS = ("head", "chest", "abdomen", "pelvis")  # of the body, in MAISI's order
 REGION_CLASSES = ("bottom_region", "top_region")  # the last and the first region that a volume shows
@@ -51,8 +56,8 @@ class MonaiUNet3D(LatentDenoiser):
         condition_dropout: how often training dropped each condition; see `LatentUNet3D`.
         train_steps: length of the schedule of v and eps; 1000 if absent.
         beta_schedule, beta_start, beta_end: noise schedule of v and eps. Default: the cosine schedule.
-        shift_voxels: number of latent voxels at which timesteps of a flow are not shifted. MAISI shifts them by the cube
-            root of the ratio of voxels, which is that of the sides. Default: no shift.
+        shift_voxels: number of latent voxels at which timesteps of a flow are not shifted. MAISI shifts them by the
+            cube root of the ratio of voxels, which is that of the sides. Default: no shift.
         license: of the weights, where generated volumes must name it.
         subjects: records of the training subjects (`volumes.data.subjects`).
     """
@@ -144,12 +149,39 @@ class MonaiUNet3D(LatentDenoiser):
         if count is not None and not (labels and max(labels) < count):
             raise ValueError(f"class_labels {[*labels]}: give at least one, all below num_class_embeds {count}")
 
+    @classmethod
+    def complete(
+        cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
+    ) -> dict[str, Any]:
+        """Return a model section with the latent channels. Raises: ValueError unless the data has the conditions of the
+        section, and for masks and images, which this U-Net does not take."""
+        if data.labels or images:
+            raise ValueError(
+                f"{cls.__name__} takes no masks and no images: remove data.masks and data.condition_channels, or train "
+                "a diffusion.LatentUNet3D on the same autoencoder"
+            )
+        known = _class_values(section)
+        if data.classes != known:
+            raise ValueError(
+                f"data.classes is {data.classes or None}, the U-Net knows {known or None}; give data its own"
+            )
+        numbers = SPACING if section.get("takes_spacing") else ()
+        if set(data.numbers) != set(numbers):
+            raise ValueError(
+                f"data.numbers is {sorted(data.numbers)}, the U-Net knows {list(numbers)}; set data.numbers to these. "
+                "Voxel sizes are those of the files"
+            )
+        channels = vae.config["latent_channels"]
+        for name in ("in_channels", "out_channels"):
+            if section.get(name, channels) != channels:
+                raise ValueError(f"model.{name} is {section[name]}, but the autoencoder makes it {channels}; omit it")
+        return {"in_channels": channels, "out_channels": channels, **section}
+
     @property
     def condition_schema(self) -> ConditionSchema:
         """The conditions that this model knows."""
         config = self.config
-        values = {name: list(values) for name, values in (config["classes"] or {}).items()}
-        values |= dict.fromkeys(REGION_CLASSES if config["takes_regions"] else (), list(REGIONS))
+        values = _class_values(config)
         return ConditionSchema(
             classes=tuple(sorted(values)),
             numbers=SPACING if config["takes_spacing"] else (),
@@ -181,15 +213,14 @@ class MonaiUNet3D(LatentDenoiser):
         """Predict the objective's target.
 
         Args:
-            sample: noisy latents (B, in_channels, h, w, d); sides are multiples of `stride`.
+            sample: noisy latents (B, in_channels, h, w, d). Sides that are not multiples of `stride` are padded with
+                zeros, as training pads, and the result is cropped; pipelines generate multiples.
             timestep: (B,) or a scalar, 0 to `train_steps`.
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
             numbers: (B, 3), voxel size in mm.
             context: (B, n, cross_attention_dim).
-        Raises: ValueError for other sides, and for a condition that is missing, not wanted, or has other columns.
+        Raises: ValueError for a condition that is missing, not wanted, or has other columns.
         """
-        if any(side % self.stride for side in sample.shape[2:]):
-            raise ValueError(f"latents of {tuple(sample.shape[2:])}: every side must be a multiple of {self.stride}")
         schema, config = self.condition_schema, self.config
         _check_columns("classes", classes, schema.classes)
         _check_columns("numbers", numbers, schema.numbers)
@@ -199,7 +230,7 @@ class MonaiUNet3D(LatentDenoiser):
         of_class = {} if classes is None else dict(zip(schema.classes, classes.unbind(1), strict=True))
         top, bottom = (self._region(of_class.get(name), sample.dtype) for name in reversed(REGION_CLASSES))
         predicted = self.network(
-            sample,
+            pad_at_end(sample, (self.stride,) * 3),
             torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
             context=context,
             class_labels=self._labels(of_class),
@@ -207,6 +238,8 @@ class MonaiUNet3D(LatentDenoiser):
             bottom_region_index_tensor=bottom,
             spacing_tensor=None if numbers is None else (numbers * UNIT).to(sample.dtype),
         )
+        h, w, d = sample.shape[2:]
+        predicted = predicted[..., :h, :w, :d]
         predicted = -predicted if config["objective"] in FLOWS else predicted
         return LatentUNet3DOutput(sample=predicted) if return_dict else (predicted,)
 
@@ -224,6 +257,13 @@ class MonaiUNet3D(LatentDenoiser):
         if indices is None:
             return None
         return (indices[:, None] == torch.arange(len(REGIONS), device=indices.device)).to(dtype) * UNIT
+
+
+def _class_values(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the values of each class of a config: the class labels, and the regions."""
+    values = {name: list(values) for name, values in (config.get("classes") or {}).items()}
+    regions = REGION_CLASSES if config.get("takes_regions") else ()
+    return {**values, **{name: list(REGIONS) for name in regions}}
 
 
 def _check_columns(name: str, value: Tensor | None, columns: Sequence[str]) -> None:

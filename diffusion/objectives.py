@@ -178,8 +178,8 @@ def fit_scheduler(
     `timestep_spacing` is the model's unless it was set explicitly; eps models keep theirs, see `make_scheduler`.
 
     Args:
-        shift: of the timesteps on one grid, `LatentDenoiser.timestep_shift`. It becomes the scheduler's own shift, which
-            is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than 1, or
+        shift: of the timesteps on one grid, `LatentDenoiser.timestep_shift`. It becomes the scheduler's own shift,
+            which is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than 1, or
             spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
         betas: the noise schedule that a model of v or eps was trained with, where it is not the cosine schedule.
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.

@@ -3,9 +3,9 @@ included.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ from .objectives import (
     check_train_steps,
 )
 from .scheduler_options import MAX_TIMESTEPS
+
+if TYPE_CHECKING:
+    from autoencoder import VolumeAutoencoder
+
+    from .completion import DataFacts
 
 
 @dataclass
@@ -194,6 +199,28 @@ class LatentUNet3D(LatentDenoiser, AttentionMixin):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+
+    @classmethod
+    def complete(
+        cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
+    ) -> dict[str, Any]:
+        """Return a model section with the entries that autoencoder and data decide, see `complete_model`."""
+        channels = vae.config["latent_channels"]
+        decided = {
+            "in_channels": channels,
+            "out_channels": channels,
+            "mask_stride": list(vae.stride),
+            "num_labels": len(data.labels),
+            "classes": data.classes or None,
+            "numbers": {name: {"mean": stats.mean, "std": stats.std} for name, stats in data.numbers.items()} or None,
+            "images": {name: own.stop - own.start for name, own in images.items()} or None,
+        }
+        for name, value in decided.items():
+            given = section.get(name, value)
+            known_numbers = name == "numbers" and given and value and set(given) == set(value)
+            if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
+                raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; omit it")
+        return {**decided, **section}
 
     def set_attention_backend(self, backend: str) -> None:
         """Set the attention backend as diffusers does, but for this model alone; diffusers also makes it the default of

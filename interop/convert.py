@@ -86,6 +86,7 @@ def convert(
     license: str | None = None,
 ) -> list[Converted]:
     """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
+
     Where a format's autoencoder and U-Net are both there, the folder is a pipeline.
 
     Args:

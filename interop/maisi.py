@@ -66,8 +66,11 @@ class Variant:
         }
 
     def description(self, unet: MonaiUNet3D) -> DataDescription:
-        """Return what is known of its training set. Of the voxel sizes that is a range; their mean and standard
-        deviation are those of equal frequency, and nothing reads them."""
+        """Return what is known of its training set.
+
+        Of the voxel sizes that is a range. Their mean and standard deviation are those of equal frequency; nothing
+        reads them.
+        """
         x, y, z = self.spacing
         ranges = dict(zip(SPACING, (self.spacings[0], *self.spacings), strict=True))
         return DataDescription(

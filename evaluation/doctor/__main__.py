@@ -131,7 +131,7 @@ from .models import (
     with_precision,
 )
 from .overlap import overlap_findings
-from .run_checks import check_log, check_output, check_run
+from .run_checks import check_log, check_output, check_run, latents_setting
 from .start import advise_start
 
 Checks = tuple[list[Finding], Mapping[str, object]]  # findings, and values for the report
@@ -289,7 +289,8 @@ def after_training(config: DataConfig, folder: Path, volumes: int, steps: int, d
         summary = latent_summary(vae, train, lambda name: progress.update())
     voxels, spacings = read_test_cases(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
-    findings, measured = findings + check_latents(summary) + check_log(folder), {"latents": summary}
+    sampled = (latents_setting(folder) or vae.latents_for_training) == "sample"
+    findings, measured = findings + check_latents(summary, sampled) + check_log(folder), {"latents": summary}
     if not (folder / "model_index.json").is_file():
         return findings, measured
     if not split["test"]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from autoencoder import AutoencoderKL3D, VolumeAutoencoder
 from cli.settings import construct, faults, refuse
-from diffusion import LatentUNet3D
+from diffusion import LatentDenoiser
 from diffusion.completion import complete_model
 from evaluation.report import read_config
 from files.documents import read_object, read_yaml
@@ -86,7 +86,7 @@ class Models:
 
     config: Config
     vae: VolumeAutoencoder
-    unet: LatentUNet3D | None
+    unet: LatentDenoiser | None
     step: VaeTrainingStep | LdmTrainingStep | None
 
     def work(self, latent_shape: Sequence[int], device: torch.device) -> Callable[[], None]:
@@ -149,17 +149,22 @@ def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Pat
         folder: where the config lies, and perhaps the config of an autoencoder that is not trained yet.
     Raises: ValueError (TypeError or KeyError from a model's constructor) if they cannot be built.
     """
+    config = copy.copy(config)
+    if isinstance(config, TrainLdmConfig):
+        config.model = config.model or ldm.model_of(config)
     if not config.model:
         raise ValueError("the config has no section `model`")
-    config = copy.copy(config)
     if isinstance(config, TrainVaeConfig):
         return _vae_models(config)
     autoencoder, findings = _autoencoder_for(config, folder)
     images = ldm.image_latents(config.data, autoencoder)
     config.model = complete_model(config.model, autoencoder, PlannedData.of(config.data, numbers), images)
     unet = build_model(config.model, config.gradient_checkpointing)
-    if not isinstance(unet, LatentUNet3D):
+    if not isinstance(unet, LatentDenoiser):
         raise ValueError(f"model.class is {config.model['class']}; a config with `vae` trains a diffusion.LatentUNet3D")
+    if config.latents == "sample" and autoencoder.latents_for_training == "mode":
+        message = "latents: sample adds the noise of the autoencoder's posterior to what the U-Net learns"
+        findings = [*findings, warn("model", message, "set latents: mode")]
     if config.lora is not None:
         add_lora(unet, **asdict(config.lora))
     return Models(config, autoencoder, unet, ldm_step.build_step(config, unet, autoencoder)), findings

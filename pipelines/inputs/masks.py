@@ -238,7 +238,9 @@ def source_name(mask: MaskLike) -> str:
     return str((carries_geometry(mask) and source_file(mask)) or "the mask")
 
 
-def replaced_labels(unet: LatentDenoiser, labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
+def replaced_labels(
+    unet: LatentDenoiser, labels: Mapping[int, str], replaced: Mapping[str, str | int]
+) -> dict[int, int]:
     """Translate `guidance_without` to label indices as `replacement_indices` does, for a model.
 
     Args:

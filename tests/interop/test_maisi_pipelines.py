@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import nibabel as nib
 import numpy as np
@@ -175,7 +176,7 @@ def test_the_exact_integral_is_the_default(hub):
     shift = (latents[0, 0].numel() / 32**3) ** (1 / 3)
     assert shift == pytest.approx(pipe.unet.timestep_shift(latents.shape[2:]))
     levels = [shift * t / (1 + (shift - 1) * t) for t in np.linspace(1, 0, steps + 1)]
-    for level, after in zip(levels[:-1], levels[1:], strict=True):
+    for level, after in pairwise(levels):
         with torch.no_grad():
             to_image = unet(
                 latents,
