@@ -179,8 +179,8 @@ def fit_scheduler(
 
     Args:
         shift: of the timesteps on one grid, `LatentDenoiser.timestep_shift`. It becomes the scheduler's own shift,
-            which is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than 1, or
-            spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
+            which is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than
+            1, or spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
         betas: the noise schedule that a model of v or eps was trained with, where it is not the cosine schedule.
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
     Warns: of options that were set explicitly and have no effect, and of a `shift` that has none.
