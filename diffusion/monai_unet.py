@@ -49,8 +49,8 @@ class MonaiUNet3D(LatentDenoiser):
         num_class_embeds: number of MONAI's class labels; None for a model without.
         upcast_attention: whether attention is computed in float32.
         takes_spacing, takes_regions: whether it is conditioned on voxel size, and on the first and last region.
-        objective: what it was trained to predict, see `diffusion.objectives`. MONAI's flows predict image minus noise;
-            the sign is changed to ours.
+        objective: what it was trained to predict, see `diffusion.objectives`; None where that is not known, so that no
+            pipeline can have it. MONAI's flows predict image minus noise; the sign is changed to ours.
         classes: one class, {name: values}, for the class labels.
         class_labels: MONAI's class label of each value. Where the class is absent, it is 0.
         condition_dropout: how often training dropped each condition; see `LatentUNet3D`.
@@ -86,7 +86,7 @@ class MonaiUNet3D(LatentDenoiser):
         upcast_attention: bool = False,
         takes_spacing: bool = False,
         takes_regions: bool = False,
-        objective: str = "epsilon",
+        objective: str | None = None,
         classes: dict[str, list[str]] | None = None,
         class_labels: Sequence[NonNegativeInt] | None = None,
         condition_dropout: dict[str, ShareBelowOne] | None = None,
@@ -104,9 +104,10 @@ class MonaiUNet3D(LatentDenoiser):
                 f"channels {channels}, num_res_blocks {num_res_blocks}, attention_levels {attention_levels} and "
                 f"num_head_channels {num_head_channels} need one entry per level"
             )
-        check_objective(objective)
-        check_train_steps(objective, train_steps)
-        check_shift(objective, shift_voxels)
+        if objective is not None:
+            check_objective(objective)
+            check_train_steps(objective, train_steps)
+            check_shift(objective, shift_voxels)
         ends = [beta_schedule, beta_start, beta_end]
         if any(end is None for end in ends) and ends != [None] * 3:
             raise ValueError(f"beta_schedule, beta_start and beta_end are {ends}: give all three, or none")

@@ -256,6 +256,11 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentDenoiser, data: DataDescriptio
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives "
             f"{vae.config['latent_channels']}"
         )
+    if unet.config["objective"] is None:
+        raise ValueError(
+            "the U-Net's config does not say what it predicts: convert it with an objective (epsilon, v_prediction or "
+            "rectified_flow) in the file of --network"
+        )
     if vae.config["latents_std"] is None:
         raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
     if len(data.intensity) != vae.config["out_channels"]:

@@ -238,7 +238,7 @@ def test_conditions_are_checked():
         ({"num_class_embeds": 4, "classes": {"sex": ["F"]}, "class_labels": [4]}, "below num_class_embeds 4"),
         ({"condition_dropout": {"sex": 0.1}}, "condition_dropout names"),
         ({"objective": "flow"}, "unknown objective"),
-        ({"shift_voxels": 64}, "omit it, or set objective"),
+        ({"objective": "epsilon", "shift_voxels": 64}, "omit it, or set objective"),
         ({"beta_schedule": "linear"}, "give all three"),
     ],
 )

@@ -9,9 +9,11 @@ import numpy as np
 import peers
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.schedulers.ddpm import DDPMScheduler
 from monai.networks.schedulers.rectified_flow import RFlowScheduler
+from tiny import tiny_data, tiny_pipeline
 
 from diffusion import make_scheduler
 from diffusion.maisi_steps import with_maisi_steps
@@ -21,6 +23,7 @@ from interop.convert import convert
 from interop.formats import FORMATS
 from interop.maisi import MODALITY
 from pipelines import MedVolumePipeline, SamplingSettings, read_sidecar
+from pipelines.storage.loading import load_unet
 
 FLOWS = ("maisi-rflow-ct", "maisi-rflow-mr", "maisi-rflow-mr-brain")
 MODALITIES = ("ct", "mri_t2", "mri_swi_skull_stripped")
@@ -281,6 +284,37 @@ def test_a_pipeline_needs_the_scale_factor(tmp_path, monkeypatch):
         convert("maisi-rflow-ct", tmp_path / "hub", tmp_path / "out")
     convert("maisi-rflow-ct", tmp_path / "hub", tmp_path / "out", scale_factor=0.8)
     assert MedVolumePipeline.from_pretrained(tmp_path / "out").vae.config["latents_std"] == [1.25] * 4
+
+
+def test_a_unet_of_a_user_says_how_it_was_trained(tmp_path):
+    """Without it no pipeline has it: another objective or noise schedule would give noise."""
+    arguments = {"in_channels": 4, "out_channels": 4, "channels": [8, 8], "num_res_blocks": 1, "norm_num_groups": 4}
+    arguments |= {"attention_levels": [False, False], "spatial_dims": 3}
+    network = peers.random_weights(DiffusionModelUNet(**arguments))
+    torch.save(network.state_dict(), tmp_path / "unet.pt")
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0205}
+    vae = tiny_pipeline().vae
+
+    def pipeline(name: str, **trained) -> MedVolumePipeline:
+        (tmp_path / "network.json").write_text(json.dumps(arguments | trained))
+        convert("monai-diffusion-unet", tmp_path / "unet.pt", tmp_path / name, network=tmp_path / "network.json")
+        unet = load_unet(tmp_path / name)
+        return MedVolumePipeline(vae, unet, make_scheduler("epsilon"), tiny_data(labels={}))
+
+    with pytest.raises(ValueError, match="does not say what it predicts.*--network"):
+        pipeline("unknown")
+    with pytest.raises(ValueError, match="give beta_schedule, beta_start and beta_end"):
+        pipeline("half", objective="epsilon")
+    pipe = pipeline("whole", objective="epsilon", **betas)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(shape=(16, 16, 16), num_inference_steps=4, output_type="latent", generator=torch.Generator())
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="leading", **betas)
+    scheduler.set_timesteps(4)
+    latents = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator())
+    for timestep in scheduler.timesteps:
+        with torch.no_grad():
+            latents = scheduler.step(network(latents, timestep[None]), timestep, latents).prev_sample
+    assert_close(out.volumes[0], latents)
 
 
 def test_generate_from_a_table(hub, tmp_path):
