@@ -128,8 +128,9 @@ def peer_of(arguments: Mapping[str, Any], among: Sequence[str]) -> str:
 
 
 def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
-    """Return the config of our class for the arguments that MONAI's class had. Those of a U-Net may say beside them how
-    it was trained (`TRAINED`).
+    """Return the config of our class for the arguments that MONAI's class had.
+
+    Those of a U-Net may say beside them how it was trained (`TRAINED`).
 
     Raises: ValueError for an argument that it does not have, for one that would make another network than ours, and for
         expressions, which are never evaluated.
