@@ -13,7 +13,7 @@ from cli.settings import InnerShare, NonNegativeInt, PositiveFloat, PositiveInt,
 
 from .conditioning import ConditionSchema
 from .denoiser import LatentDenoiser
-from .objectives import FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
+from .objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
 from .scheduler_options import MAX_TIMESTEPS, Betas
 from .unet import LatentUNet3DOutput, pad_at_end
 
@@ -104,6 +104,8 @@ class MonaiUNet3D(LatentDenoiser):
                 f"channels {channels}, num_res_blocks {num_res_blocks}, attention_levels {attention_levels} and "
                 f"num_head_channels {num_head_channels} need one entry per level"
             )
+        if objective == FLOW_MAP:
+            raise ValueError(f"objective {FLOW_MAP}: students are LatentUNet3D")
         if objective is not None:
             check_objective(objective)
             check_train_steps(objective, train_steps)
@@ -154,8 +156,11 @@ class MonaiUNet3D(LatentDenoiser):
     def complete(
         cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
     ) -> dict[str, Any]:
-        """Return a model section with the latent channels. Raises: ValueError unless the data has the conditions of the
-        section, and for masks and images, which this U-Net does not take."""
+        """Return a model section with the latent channels.
+
+        Raises: ValueError unless the data has the conditions of the section, and for masks and images, which this U-Net
+            does not take.
+        """
         if data.labels or images:
             raise ValueError(
                 f"{cls.__name__} takes no masks and no images: remove data.masks and data.condition_channels, or train "

@@ -225,8 +225,14 @@ def test_conditions_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             unet(latents, 1.0, **given)
-    with pytest.raises(ValueError, match="multiple of 2"):
-        unet(latents[..., :3], 1.0, numbers=spacing)
+
+
+def test_sides_that_cannot_be_halved_are_padded():
+    unet = peers.random_weights(MonaiUNet3D(**peers_unet()))
+    latents, spacing = torch.randn(1, 4, 4, 3, 4), torch.ones(1, 3)
+    with torch.no_grad():
+        padded = unet(torch.nn.functional.pad(latents, (0, 0, 0, 1)), 1.0, numbers=spacing).sample
+        assert torch.equal(unet(latents, 1.0, numbers=spacing).sample, padded[:, :, :, :3])
 
 
 @pytest.mark.parametrize(
@@ -238,6 +244,7 @@ def test_conditions_are_checked():
         ({"num_class_embeds": 4, "classes": {"sex": ["F"]}, "class_labels": [4]}, "below num_class_embeds 4"),
         ({"condition_dropout": {"sex": 0.1}}, "condition_dropout names"),
         ({"objective": "flow"}, "unknown objective"),
+        ({"objective": "flow_map"}, "students are LatentUNet3D"),
         ({"objective": "epsilon", "shift_voxels": 64}, "omit it, or set objective"),
         ({"beta_schedule": "linear"}, "give all three"),
     ],
