@@ -44,7 +44,7 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin):
     @classmethod
     def complete(
         cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Return a model section with the entries that autoencoder and data decide, see `complete_model`."""
         raise NotImplementedError
 

@@ -155,7 +155,7 @@ class MonaiUNet3D(LatentDenoiser):
     @classmethod
     def complete(
         cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Return a model section with the latent channels.
 
         Raises: ValueError unless the data has the conditions of the section, and for masks and images, which this U-Net

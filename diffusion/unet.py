@@ -203,7 +203,7 @@ class LatentUNet3D(LatentDenoiser, AttentionMixin):
     @classmethod
     def complete(
         cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Return a model section with the entries that autoencoder and data decide, see `complete_model`."""
         channels = vae.config["latent_channels"]
         decided = {

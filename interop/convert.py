@@ -122,7 +122,7 @@ def convert(
     if whole and scale_factor is None:
         raise FileError(f"{weights}: no file has a scale_factor, which a pipeline needs; give it with --scale_factor")
     with atomic_parts(output, PROVENANCE) as unfinished:
-        models: dict[str, Any] = {part.peer.folder: part.model().eval() for part in parts}
+        models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
             kind.variant.pipeline(models["vae"], models["unet"]).save_pretrained(unfinished)
         else:

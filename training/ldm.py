@@ -109,7 +109,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     )
 
 
-def model_of(config: TrainLdmConfig) -> dict[str, Any]:
+def model_of(config: TrainLdmConfig) -> dict[str, object]:
     """Return the model section of the U-Net that the training starts from; an empty one without its config."""
     described = Path(config.init_from or "") / "config.json"
     if config.init_from is None or not described.is_file():
