@@ -24,6 +24,13 @@ class DataFacts(Protocol):
     def numbers(self) -> Mapping[str, NumberStats]: ...
 
 
+def denoiser_class(section: Mapping[str, Any]) -> type[LatentDenoiser]:
+    """Return the class of a model section; LatentUNet3D for one that is not of `diffusion`, which is refused later."""
+    package, _, name = str(section.get("class", "")).rpartition(".")
+    found = getattr(diffusion, name, None) if package == "diffusion" else None
+    return found if isinstance(found, type) and issubclass(found, LatentDenoiser) else LatentUNet3D
+
+
 def complete_model(
     section: Mapping[str, Any],
     vae: VolumeAutoencoder,
@@ -41,7 +48,4 @@ def complete_model(
     has.
     """
     vae.check_channels(data.channels)
-    package, _, name = str(section.get("class", "")).rpartition(".")
-    found = getattr(diffusion, name, None) if package == "diffusion" else None
-    owner = found if isinstance(found, type) and issubclass(found, LatentDenoiser) else LatentUNet3D
-    return owner.complete(section, vae, data, images or {})
+    return denoiser_class(section).complete(section, vae, data, images or {})

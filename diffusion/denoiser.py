@@ -37,6 +37,7 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin):
 
     lora_subjects: dict[str, Sequence[SubjectRecord] | None]  # of each attached LoRA; set when one is loaded
 
+    known_numbers: tuple[str, ...] = ()  # numbers that it takes whatever their statistics in its training set
     stride: int = 1  # sides of the latents are multiples of it
     shift_power: float = 0.5  # of the number of latent voxels, in the shift of timesteps
     mask_stride: tuple[int, int, int]  # of a model with masks

@@ -65,6 +65,7 @@ class MonaiUNet3D(LatentDenoiser):
     _no_split_modules = ["DiffusionUNetResnetBlock"]
     _repeated_blocks = ["DiffusionUNetResnetBlock"]
     shift_power = 1 / 3
+    known_numbers = SPACING
 
     # Long: two thirds are its arguments, and those of MONAI's class.
     @register_to_config

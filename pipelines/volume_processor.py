@@ -141,7 +141,7 @@ class VolumeProcessor:
         target = Volume(_no_labels(shape), self.affine)
         if spacing is not None:
             affine = self.affine.copy()
-            affine[:3, :3] *= np.asarray(spacing) / target.spacing
+            affine[:3, :3] = affine[:3, :3] / target.spacing * np.asarray(spacing)
             target = Volume(target.array, affine)
         name = "the shape asked for"
         grid = target if spacing is None else self._resampled(target, name, "shape")

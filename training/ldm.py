@@ -16,7 +16,7 @@ from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import LatentDenoiser, collate_latents, moved_embeddings
-from diffusion.completion import complete_model
+from diffusion.completion import complete_model, denoiser_class
 from diffusion.denoise import set_timesteps
 from diffusion.latents.cache import weights_hash
 from files.documents import read_object
@@ -52,9 +52,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_prepared(config, vae, train.preprocessing)
     teacher, taught = load_teacher(config, vae, accelerator) if config.distill else (None, None)
     earlier = check_unseen(config, vae, held_out)
-    data = describe(train)
+    config.model = config.model or model_of(config.init_from)
+    data = describe(train, constant=denoiser_class(config.model).known_numbers)
     images = image_latents(config.data, vae)
-    config.model = config.model or model_of(config)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_student(config)
     check_residual_noise(config, train)
@@ -109,10 +109,10 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     )
 
 
-def model_of(config: TrainLdmConfig) -> dict[str, object]:
-    """Return the model section of the U-Net that the training starts from; an empty one without its config."""
-    described = Path(config.init_from or "") / "config.json"
-    if config.init_from is None or not described.is_file():
+def model_of(init_from: str | None) -> dict[str, object]:
+    """Return the model section of the U-Net that a training starts from; an empty one without its config."""
+    described = Path(init_from or "") / "config.json"
+    if init_from is None or not described.is_file():
         return {}
     stored = read_object(described)
     arguments = {name: value for name, value in stored.items() if name[0] != "_" and name != "subjects"}

@@ -127,6 +127,8 @@ from .models import (
     check_settings,
     config_from_sections,
     estimate,
+    known_numbers,
+    model_section,
     plan,
     with_precision,
 )
@@ -246,12 +248,12 @@ def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapp
     latent = "vae" in sections
     if wrong := check_settings(sections):
         return [*wrong, *check_size(examined, None, latent)], {}
-    if not sections.get("model"):
+    if not model_section(sections):
         missing = "the config has no section `model`, so memory is not estimated"
         return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
     train = [item.numbers for item in examined if item.case.split == "train"]
     try:
-        numbers = describe_numbers(config.numbers, train) if config.numbers else {}
+        numbers = describe_numbers(config.numbers, train, known_numbers(sections)) if config.numbers else {}
     except ValueError as error:
         return [
             *check_size(examined, None, latent),

@@ -20,7 +20,7 @@ from torch import nn
 from autoencoder import AutoencoderKL3D, VolumeAutoencoder
 from cli.settings import construct, faults, refuse
 from diffusion import LatentDenoiser
-from diffusion.completion import complete_model
+from diffusion.completion import complete_model, denoiser_class
 from evaluation.report import read_config
 from files.documents import read_object, read_yaml
 from pipelines import MedVolumePipeline
@@ -129,6 +129,16 @@ def with_precision(config: Config, precision: str | None = None, accelerator: bo
     return resolved
 
 
+def model_section(sections: Mapping[str, Any]) -> Mapping[str, object]:
+    """Return the section `model` of a config, or that of the U-Net that it starts from; empty without either."""
+    return sections.get("model") or (ldm.model_of(sections.get("init_from")) if "vae" in sections else {})
+
+
+def known_numbers(sections: Mapping[str, Any]) -> Sequence[str]:
+    """Return the numbers that the U-Net of a config takes whatever their statistics (`LatentDenoiser.known_numbers`)."""
+    return denoiser_class(model_section(sections)).known_numbers
+
+
 def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
     """Find settings beside `data` and `model` that training would refuse: unknown ones, and values outside their
     ranges."""
@@ -151,7 +161,7 @@ def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Pat
     """
     config = copy.copy(config)
     if isinstance(config, TrainLdmConfig):
-        config.model = config.model or ldm.model_of(config)
+        config.model = config.model or ldm.model_of(config.init_from)
     if not config.model:
         raise ValueError("the config has no section `model`")
     if isinstance(config, TrainVaeConfig):

@@ -144,7 +144,7 @@ class Facts:
 
 def test_the_data_must_have_the_conditions_of_the_unet(maisi):
     vae = load_autoencoder(maisi / "pipeline")
-    section = model_of(type("Config", (), {"init_from": maisi / "pipeline/unet"}))
+    section = model_of(str(maisi / "pipeline/unet"))
     assert complete_model(section, vae, Facts()) == section and section["class"] == "diffusion.MonaiUNet3D"
     for changes, message in (
         ({"labels": {0: "background", 1: "liver"}}, "takes no masks.*LatentUNet3D"),
