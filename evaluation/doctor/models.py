@@ -135,7 +135,7 @@ def model_section(sections: Mapping[str, Any]) -> Mapping[str, object]:
 
 
 def known_numbers(sections: Mapping[str, Any]) -> Sequence[str]:
-    """Return the numbers that the U-Net of a config takes whatever their statistics (`LatentDenoiser.known_numbers`)."""
+    """Return the numbers that the U-Net of a config takes whatever their statistics are (`known_numbers`)."""
     return denoiser_class(model_section(sections)).known_numbers
 
 

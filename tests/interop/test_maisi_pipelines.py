@@ -36,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the shape asked for. its grid") 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Returns a function that converts a variant, once, and loads it: MAISI's networks, in our memory format, which
-    decides the last bit, and the pipeline of their files."""
+    """Returns a function that converts a variant, once, and loads it: MAISI's networks, and the pipeline of their files.
+    Both have the same memory format and alignment, which decide the last bit of a matrix product."""
     root, made = tmp_path_factory.mktemp("maisi"), {}
 
     def load(name: str):
@@ -50,6 +50,8 @@ def hub(tmp_path_factory):
             made[name] = vae, unet.to(memory_format=torch.channels_last_3d)
         pipe = MedVolumePipeline.from_pretrained(folder / "out")
         pipe.set_progress_bar_config(disable=True)
+        aligned = {key: tensor.clone() for key, tensor in pipe.unet.state_dict().items()}
+        pipe.unet.load_state_dict(aligned, assign=True)
         return *made[name], pipe
 
     return load
