@@ -36,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the shape asked for. its grid") 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Returns a function that converts a variant, once, and loads it: MAISI's networks, and the pipeline of their files.
-    Both have the same memory format and alignment, which decide the last bit of a matrix product."""
+    """Returns a function that converts a variant, once, and loads it: MAISI's networks, and the pipeline of their
+    files. Both have the same memory format and alignment, which decide the last bit of a matrix product."""
     root, made = tmp_path_factory.mktemp("maisi"), {}
 
     def load(name: str):
