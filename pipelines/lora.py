@@ -61,12 +61,17 @@ def add_lora(
     require_peft()
     from peft import LoraConfig
 
-    layers = {name.rpartition(".")[2] for name in target_weights(unet)}
+    weights = target_weights(unet)
+    layers = {name.rpartition(".")[2] for name in weights}
     if not target_modules or set(target_modules) - layers:
         raise ValueError(f"target_modules {list(target_modules)}: layers that can have a LoRA are {sorted(layers)}")
     unet.requires_grad_(False)
+    targets = list(target_modules)
+    named = [name for name, _ in unet.named_modules() if name.rpartition(".")[2] in targets]
+    if any(name not in weights for name in named):  # peft would give one to those, too: whole names leave them out
+        targets = [name for name in named if name in weights]
     unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), lora_dropout=dropout)  # pyright: ignore[reportArgumentType]
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout)  # pyright: ignore[reportArgumentType]
     )
 
 
