@@ -1,26 +1,27 @@
 """The variants of MAISI as pipelines: conditions, sampling, intensities and grids.
 
-Facts are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0).
+Facts are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0). The table of formats needs them before
+anything heavy is imported, so methods import what they build.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from autoencoder import MonaiAutoencoderKL
-from diffusion import MonaiUNet3D
-from diffusion.monai_unet import SPACING
-from diffusion.objectives import EPSILON, RECTIFIED_FLOW
-from diffusion.scheduler_options import Betas
-from pipelines import MedVolumePipeline, SamplingSettings
-from volumes.description import ChannelScale, DataDescription, NumberStats
+if TYPE_CHECKING:
+    from autoencoder import MonaiAutoencoderKL
+    from diffusion import MonaiUNet3D
+    from pipelines import MedVolumePipeline
+    from volumes.description import DataDescription
 
-BETAS: Betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 SHIFT_VOXELS = 32**3  # latent voxels at which timesteps are not shifted
 DROPPED = 0.1  # how often its training left the modality out
 MODALITY = "modality"
-HOUNSFIELD = ChannelScale("window", -1000.0, 1000.0)
-PERCENTILES = ChannelScale("percentile", 0.0, 1000.0, (0.0, 99.5))  # the file's unit is a thousandth of the upper one
+Scale = tuple[Literal["window", "percentile"], float, float, tuple[float, float] | None]  # of `ChannelScale`
+HOUNSFIELD: Scale = ("window", -1000.0, 1000.0, None)
+PERCENTILES: Scale = ("percentile", 0.0, 1000.0, (0.0, 99.5))  # a file's unit is a thousandth of the upper one
 MR = {"mri": 8, "mri_t1": 9, "mri_t2": 10, "mri_flair": 11}
 STRIPPED = ("mri_t1_skull_stripped", "mri_t2_skull_stripped", "mri_flair_skull_stripped", "mri_swi_skull_stripped")
 BRAIN = {**MR, "mri_swi": 20, **{name: 29 + number for number, name in enumerate(STRIPPED)}}
@@ -43,7 +44,7 @@ class Variant:
     """
 
     channel: str
-    scale: ChannelScale
+    scale: Scale
     spacing: Sequence[float]
     spacings: Sequence[tuple[float, float]]
     shapes: Sequence[tuple[int, int, int]]
@@ -54,8 +55,9 @@ class Variant:
 
     def unet_settings(self) -> dict[str, object]:
         """Return the entries of `MonaiUNet3D`'s config that MONAI's class does not have."""
-        noise = {"objective": RECTIFIED_FLOW, "shift_voxels": SHIFT_VOXELS} if self.flow else {}
-        noise = noise or {"objective": EPSILON, **BETAS}
+        noise: dict[str, object] = {"objective": "epsilon", **BETAS}
+        if self.flow:
+            noise = {"objective": "rectified_flow", "shift_voxels": SHIFT_VOXELS}
         if not self.modalities:
             return noise
         return {
@@ -65,19 +67,22 @@ class Variant:
             "condition_dropout": {MODALITY: DROPPED},
         }
 
-    def description(self, unet: MonaiUNet3D) -> DataDescription:
+    def description(self, unet: "MonaiUNet3D") -> "DataDescription":
         """Return what is known of its training set.
 
         Of the voxel sizes that is a range. Their mean and standard deviation are those of equal frequency; nothing
         reads them.
         """
+        from diffusion.monai_unet import SPACING
+        from volumes.description import ChannelScale, DataDescription, NumberStats
+
         x, y, z = self.spacing
         ranges = dict(zip(SPACING, (self.spacings[0], *self.spacings), strict=True))
         return DataDescription(
             channels=(self.channel,),
             labels={},
             spacing=None,
-            intensity=(self.scale,),
+            intensity=(ChannelScale(*self.scale),),
             shape_range=(self.shapes[0], self.shapes[1]),
             affine=((x, 0.0, 0.0, 0.0), (0.0, y, 0.0, 0.0), (0.0, 0.0, z, 0.0), (0.0, 0.0, 0.0, 1.0)),
             classes={name: list(values) for name, values in unet.condition_schema.values.items()},
@@ -85,8 +90,10 @@ class Variant:
             grid_numbers=SPACING,
         )
 
-    def pipeline(self, vae: MonaiAutoencoderKL, unet: MonaiUNet3D) -> MedVolumePipeline:
+    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
         """Put the networks together. Raises: ValueError if they do not fit."""
+        from pipelines import MedVolumePipeline, SamplingSettings
+
         scheduler = unet.new_scheduler(None if self.flow else "DDPMScheduler")
         pipe = MedVolumePipeline(vae, unet, scheduler, self.description(unet))
         guidance = None if self.guidance == 1 else {MODALITY: self.guidance}
