@@ -1,7 +1,7 @@
 """The variants of MAISI as pipelines: conditions, sampling, intensities and grids.
 
-Facts are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0). The table of formats needs them before
-anything heavy is imported, so methods import what they build.
+Facts are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0). The table of formats needs them
+before anything heavy is imported, so methods import what they build.
 """
 
 import math
