@@ -6,7 +6,7 @@
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
 tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
-and provenance.json with the checksums of the files.
+and provenance.json with the checksums of the files. Both networks of MAISI together are a pipeline, for generate.py.
 """
 
 import argparse

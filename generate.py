@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING
 
 from cli.command import ArgumentParser, next_step, run_command
 from cli.generation import add_run_arguments
-from cli.settings import Number, PositiveInt, show_ranges
+from cli.settings import Number, PositiveFloat, PositiveInt, show_ranges
 from files.shipped import expand_path
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ def make_parser() -> ArgumentParser:
     source.add_argument("--split", nargs="+", choices=SPLITS, help=split_help)
     shape_help = "voxels, where no mask or image sets them"
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
+    spacing_help = "of --shape, in mm (the model's)"
+    spacing = Number(PositiveFloat)
+    parser.add_argument("--spacing", nargs=3, type=spacing, metavar=("X", "Y", "Z"), help=spacing_help)
     add_run_arguments(parser, "mask, row or case, or in all")
     copies_help = (
         "generate copies of training volumes again, by this file of `python -m evaluation.copies.fingerprints`"
@@ -120,6 +123,7 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         data=None if options.split is None else data_section(options.config, options.root),
         splits=options.split or [],
         shape=options.shape,
+        spacing=options.spacing,
         count=options.count,
         sampling=sampling_of(options),
         unet_weak=options.unet_weak,

@@ -53,6 +53,7 @@ class VolumeAutoencoder(VolumeModel, Generic[Distribution], ABC):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock"]
+    latents_for_training = "sample"  # by default; or "mode", without the posterior's noise
     _repeated_blocks = ["ResidualBlock"]  # of `compile_repeated_blocks`
     _group_offload_block_modules = ["encoder", "decoder"]  # diffusers would slice them, and cannot rebuild a slice
 

@@ -68,6 +68,8 @@ class VolumeModel(ModelMixin, ConfigMixin):
     Raises: ValueError for an argument outside its range, or of another type.
     """
 
+    memory_format: torch.memory_format = torch.channels_last_3d  # of the weights
+
     def __init__(self) -> None:
         super().__init__()  # after `register_to_config`, so the arguments are known
         arguments = {name: value for name, value in self.config.items() if name in hints_of(type(self))}
@@ -118,7 +120,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
                 f"{wrong or info['mismatched_keys']}"
             )
         check_finite(model, pretrained_model_name_or_path)
-        model.to(memory_format=torch.channels_last_3d)
+        model.to(memory_format=cls.memory_format)
         remember_files(model, _loaded_files(pretrained_model_name_or_path, kwargs))
         return (model, info) if with_info else model
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .condition_embedding import moved_embeddings
     from .conditioning import Conditions, ConditionSchema, drop_conditions
+    from .denoiser import LatentDenoiser
     from .folding import fold_mask, unfold_mask
     from .guidance import check_guidance
     from .images import fold_images, image_condition
@@ -31,6 +32,7 @@ __all__ = [
     "Conditions",
     "LatentCacheConfig",
     "LatentDataset",
+    "LatentDenoiser",
     "LatentUNet3D",
     "ModelMixin",
     "MonaiUNet3D",

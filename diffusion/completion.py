@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import diffusion
 from autoencoder import VolumeAutoencoder
 from volumes.description import NumberStats
+
+from .denoiser import LatentDenoiser
+from .unet import LatentUNet3D
 
 
 class DataFacts(Protocol):
@@ -20,14 +24,22 @@ class DataFacts(Protocol):
     def numbers(self) -> Mapping[str, NumberStats]: ...
 
 
+def denoiser_class(section: Mapping[str, Any]) -> type[LatentDenoiser]:
+    """Return the class of a model section; LatentUNet3D for one that is not of `diffusion`, which is refused later."""
+    package, _, name = str(section.get("class", "")).rpartition(".")
+    found = getattr(diffusion, name, None) if package == "diffusion" else None
+    return found if isinstance(found, type) and issubclass(found, LatentDenoiser) else LatentUNet3D
+
+
 def complete_model(
     section: Mapping[str, Any],
     vae: VolumeAutoencoder,
     data: DataFacts,
     images: Mapping[str, slice] | None = None,
 ) -> dict[str, Any]:
-    """Return the model section with the entries that autoencoder and data decide. `num_labels: 0` keeps a model without
-    a mask, and `numbers` may keep the mean and std of the model that is fine-tuned.
+    """Return the model section with the entries that autoencoder and data decide, as the class of the section says
+    (`LatentDenoiser.complete`). `num_labels: 0` keeps a model without a mask, and `numbers` may keep the mean and std
+    of the model that is fine-tuned.
 
     Args:
         data: the description of the training volumes (`volumes.describe`), or its facts alone.
@@ -36,19 +48,4 @@ def complete_model(
     has.
     """
     vae.check_channels(data.channels)
-    channels = vae.config["latent_channels"]
-    decided = {
-        "in_channels": channels,
-        "out_channels": channels,
-        "mask_stride": list(vae.stride),
-        "num_labels": len(data.labels),
-        "classes": data.classes or None,
-        "numbers": {name: {"mean": stats.mean, "std": stats.std} for name, stats in data.numbers.items()} or None,
-        "images": {name: own.stop - own.start for name, own in (images or {}).items()} or None,
-    }
-    for name, value in decided.items():
-        given = section.get(name, value)
-        known_numbers = name == "numbers" and given and value and set(given) == set(value)
-        if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
-            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; omit it")
-    return {**decided, **section}
+    return denoiser_class(section).complete(section, vae, data, images or {})

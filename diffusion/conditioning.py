@@ -22,6 +22,7 @@ class ConditionSchema:
     Attributes:
         mask: whether a mask conditions it.
         classes, numbers: names, one per column of the tensors, in alphabetical order.
+        values: the values of each class, in the order of their indices.
         images: name and number of latent channels of each condition channel, in alphabetical order.
         images_are_all: whether the images are all channels of the model, so at least one must be absent.
         dropout: how often training drops each condition.
@@ -33,6 +34,7 @@ class ConditionSchema:
     images: tuple[tuple[str, int], ...] = ()
     images_are_all: bool = False
     dropout: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -50,15 +52,16 @@ class ConditionSchema:
             images=tuple(sorted(images.items())),
             images_are_all=bool(images) and sum(images.values()) == config["in_channels"],
             dropout=dict(config["condition_dropout"] or {}),
+            values={name: list(classes[name]) for name in sorted(classes)},
         )
-        schema._check_dropout()
+        schema.check_dropout()
         schema._check_images(config["in_channels"])
         return schema
 
-    def _check_dropout(self) -> None:
-        names = [*(["mask"] if self.mask else []), *self.classes, *self.numbers, *dict(self.images)]
-        if unknown := sorted(set(self.dropout) - set(names)):
-            raise ValueError(f"condition_dropout names {unknown}; the model's conditions are {sorted(names)}")
+    def check_dropout(self) -> None:
+        """Raise ValueError for dropout of unknown conditions, and rates outside [0, 1)."""
+        if unknown := sorted(set(self.dropout) - set(self.names)):
+            raise ValueError(f"condition_dropout names {unknown}; the model's conditions are {sorted(self.names)}")
         if wrong := {name: rate for name, rate in self.dropout.items() if not 0 <= rate < 1}:
             raise ValueError(f"condition_dropout is a probability of at least 0 and below 1, got {wrong}")
 
@@ -76,6 +79,11 @@ class ConditionSchema:
                 f"{sorted(images)} are all channels that the model generates, so training must drop each at times; "
                 f"give condition_dropout a rate above 0 for {', '.join(always)}"
             )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all conditions."""
+        return [*(["mask"] if self.mask else []), *self.classes, *self.numbers, *dict(self.images)]
 
     @property
     def image_columns(self) -> list[str]:

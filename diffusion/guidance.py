@@ -95,9 +95,11 @@ def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collectio
     scales = effect if isinstance(effect, Mapping) else dict.fromkeys(given, effect)
     never = sorted(name for name, value in scales.items() if value != 1 and not rates.get(name))
     if never:
+        able = {name: value for name, value in scales.items() if value != 1 and rates.get(name)}
+        remedy = f"guide by what it can be guided by: {able}" if able else "train it with model.condition_dropout"
         raise ValueError(
             f"guidance_scale {scale}: this model was never trained without {', '.join(never)}, so it cannot be guided "
-            "by it; train it with model.condition_dropout, or leave guidance_scale at 1"
+            f"by it; {remedy}, or leave guidance_scale at 1"
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .conditioning import Conditions
 from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps, shifted
+from .scheduler_options import Betas
 
 if TYPE_CHECKING:
     from .distillation import Teacher
@@ -23,6 +24,8 @@ def training_loss(
     *,
     train_steps: int = TRAIN_STEPS,
     shift_voxels: int | None = None,
+    shift_power: float = 0.5,
+    betas: Betas | None = None,
     teacher: "Teacher | None" = None,
     absolute: bool = False,
     each: bool = False,
@@ -41,9 +44,10 @@ def training_loss(
         as outside the grid.
         generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each sample of the
             batch.
-        train_steps: length of the schedule, the U-Net's `train_steps`.
+        train_steps, betas: length and noise levels of the schedule, the U-Net's own (`LatentDenoiser.loss_settings`).
         shift_voxels: the U-Net's `shift_voxels`. Each sample's timestep is shifted by the number of its own latent
             voxels inside the field of view: what the U-Net sees of it, whatever the batch pads or crops it to.
+        shift_power: of that number, in the shift: 1/2 of ours, 1/3 of MAISI's.
         teacher: of a flow map. It samples from the batch's conditions, and the prediction is of several steps of each
             sample's trajectory, which count the same.
         absolute: use the absolute error.
@@ -57,9 +61,9 @@ def training_loss(
     if teacher is None:
         timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
         if shift_voxels is not None:
-            timesteps = shifted(timesteps, (inside.clamp_min(1.0) / shift_voxels).sqrt(), train_steps)
+            timesteps = shifted(timesteps, (inside.clamp_min(1.0) / shift_voxels) ** shift_power, train_steps)
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps)
+        noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps, betas)
         end = {}
     else:
         noisy, target, timesteps, after = teacher.steps_of_map(latents, conditions, weight, generator)

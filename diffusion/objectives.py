@@ -21,10 +21,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from .scheduler_options import (
+    COSINE,
     DPM,
     FOREIGN,
     SHIFTS,
     UNIPC,
+    Betas,
     Scheduler,
     check_options,
     check_values,
@@ -105,7 +107,12 @@ def schedulers_of(objective: str) -> tuple[str, ...]:
 
 
 def make_scheduler(
-    objective: str, train_steps: int = TRAIN_STEPS, *, name: str | None = None, bound: float | None = None
+    objective: str,
+    train_steps: int = TRAIN_STEPS,
+    *,
+    name: str | None = None,
+    bound: float | None = None,
+    betas: Betas | None = None,
 ) -> Scheduler:
     """Build a scheduler for sampling: by default Euler for flows, DDIM on a cosine schedule (Nichol & Dhariwal
     2021) for v and eps. `default_sampler` names what trained models are sampled with.
@@ -119,6 +126,7 @@ def make_scheduler(
         name: another scheduler class of diffusers, such as DDPMScheduler (Ho et al. 2020, Algorithm 2).
         bound: largest absolute value of a sample (`VolumeAutoencoder.latent_bound`), to which samplers clip x0 if they
             can.
+        betas: noise schedule of v and eps, for models that others trained. Default: the cosine schedule.
     Raises: ValueError for a class that does not fit the objective.
     """
     check_objective(objective)
@@ -127,7 +135,7 @@ def make_scheduler(
     else:
         default = DDIMScheduler(
             num_train_timesteps=train_steps,
-            beta_schedule="squaredcos_cap_v2",
+            **({"beta_schedule": COSINE} if betas is None else betas),  # pyright: ignore[reportArgumentType]
             prediction_type=objective,  # pyright: ignore[reportArgumentType]
             clip_sample=False,
             timestep_spacing="trailing" if objective == V_PREDICTION else "leading",
@@ -142,11 +150,16 @@ def make_scheduler(
         clipping = {}
     if kind is type(default) and not clipping:
         return default
-    return fit_scheduler(kind.from_config(default.config, **clipping), objective, train_steps)
+    return fit_scheduler(kind.from_config(default.config, **clipping), objective, train_steps, betas=betas)
 
 
 def fit_scheduler(
-    scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS, *, shift: float = 1.0
+    scheduler: Scheduler,
+    objective: str,
+    train_steps: int = TRAIN_STEPS,
+    *,
+    shift: float = 1.0,
+    betas: Betas | None = None,
 ) -> Scheduler:
     """Return a new scheduler, never the same object, that fits the model's objective: a copy if the given one fits, a
     converted copy if it can be converted; otherwise it is refused. So a call's steps and history stay out of the
@@ -165,9 +178,10 @@ def fit_scheduler(
     `timestep_spacing` is the model's unless it was set explicitly; eps models keep theirs, see `make_scheduler`.
 
     Args:
-        shift: of the timesteps on one grid, `LatentUNet3D.timestep_shift`. It becomes the scheduler's own shift, which
-            is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than 1, or
-            spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
+        shift: of the timesteps on one grid, `LatentDenoiser.timestep_shift`. It becomes the scheduler's own shift,
+            which is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than
+            1, or spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
+        betas: the noise schedule that a model of v or eps was trained with, where it is not the cosine schedule.
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
     Warns: of options that were set explicitly and have no effect, and of a `shift` that has none.
     """
@@ -190,7 +204,7 @@ def fit_scheduler(
         )
     defaults, by_hand = parameters(type(scheduler)), chosen(scheduler)
     check_values(type(scheduler), {key: config[key] for key in defaults})
-    wanted = _wanted(scheduler, objective, train_steps, by_hand)
+    wanted = _wanted(scheduler, objective, train_steps, by_hand, betas)
     shifting = {} if shift == 1 else _shift(name, config | wanted, shift)
     wanted |= shifting
     options = {key: config[key] for key in defaults} | wanted
@@ -218,7 +232,9 @@ def fit_scheduler(
     return fitted
 
 
-def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str]) -> dict[str, object]:
+def _wanted(
+    scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str], betas: Betas | None
+) -> dict[str, object]:
     """Return the options that the model decides, as far as the scheduler's class has them."""
     name, config = type(scheduler).__name__, scheduler.config
     mine, other = SHIFTS if name.startswith("FlowMatch") else SHIFTS[::-1]
@@ -229,8 +245,8 @@ def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set
         if hasattr(scheduler, "set_shift"):
             wanted["shift"] = wanted.get(mine, scheduler.shift)  # which the config does not know of
     else:
-        trained = dict(make_scheduler(objective, train_steps).config)
-        wanted = {key: trained[key] for key in TRAINED_WITH} | {"use_flow_sigmas": False}
+        trained = dict(make_scheduler(objective, train_steps, betas=betas).config)
+        wanted = {key: trained[key] for key in (*TRAINED_WITH, *(betas or ()))} | {"use_flow_sigmas": False}
         if objective == V_PREDICTION and "timestep_spacing" in by_hand:
             del wanted["timestep_spacing"]
     clips = bool(config.get("clip_sample")) and config["clip_sample_range"] > 1  # latents of unit variance exceed 1
@@ -307,7 +323,12 @@ def sample_timesteps(
 
 
 def noisy_and_target(
-    objective: str, latents: Tensor, noise: Tensor, timesteps: Tensor, train_steps: int = TRAIN_STEPS
+    objective: str,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    train_steps: int = TRAIN_STEPS,
+    betas: Betas | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the noisy latents at `timesteps` (B,) and what the model should predict from them.
 
@@ -320,7 +341,7 @@ def noisy_and_target(
     if objective in FLOWS:
         sigma = _broadcast(timesteps / TRAIN_STEPS, latents)
         return (1 - sigma) * latents + sigma * noise, noise - latents
-    scheduler: Any = DDPMScheduler.from_config(make_scheduler(objective, train_steps).config)
+    scheduler: Any = DDPMScheduler.from_config(make_scheduler(objective, train_steps, betas=betas).config)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     if objective == EPSILON:
         return noisy, noise

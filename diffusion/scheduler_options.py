@@ -8,7 +8,7 @@ accepted class.
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ from cli.settings import (
 Scheduler: TypeAlias = (
     Any  # any of diffusers' schedulers; their common base class does not declare their common methods
 )
+
+
+class Betas(TypedDict):
+    """A noise schedule of v and eps, as diffusers' options name it."""
+
+    beta_schedule: str
+    beta_start: float
+    beta_end: float
+
+
+COSINE = "squaredcos_cap_v2"  # which has no ends
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
@@ -220,8 +231,8 @@ def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str
         "max_image_seq_len",
         "time_shift_type",
     }  # dynamic shifting
-    if not (flow and spaced):
-        unread |= {"beta_start", "beta_end"}  # of schedules other than the model's cosine
+    if not (flow and spaced) and (flow or options.get("beta_schedule") == COSINE):
+        unread |= {"beta_start", "beta_end"}  # of schedules other than the cosine
     if flow and not spaced:
         unread |= {"beta_schedule", "rescale_betas_zero_snr"}
     if name == DPM:

@@ -3,14 +3,13 @@ included.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -19,30 +18,32 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
-from autoencoder.model import VolumeModel
 from cli.settings import (
     NonNegativeInt,
     PositiveInt,
     Range,
     ShareBelowOne,
 )
-from volumes.data.subjects import SubjectRecord
 
 from .attention import SelfAttention
 from .condition_embedding import ConditionEmbedding
 from .conditioning import ConditionSchema
+from .denoiser import LatentDenoiser
 from .folding import FoldedMaskEmbedding
 from .images import image_columns
 from .objectives import (
     FLOW_MAP,
     MAX_SHIFT_VOXELS,
-    TRAIN_STEPS,
     check_objective,
     check_shift,
     check_train_steps,
-    shift_of,
 )
 from .scheduler_options import MAX_TIMESTEPS
+
+if TYPE_CHECKING:
+    from autoencoder import VolumeAutoencoder
+
+    from .completion import DataFacts
 
 
 @dataclass
@@ -81,7 +82,7 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
     return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
 
 
-class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
+class LatentUNet3D(LatentDenoiser, AttentionMixin):
     """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents. It is conditioned on any of these: a mask
     folded to the latent grid, classes, numbers, and images (condition channels).
 
@@ -115,7 +116,6 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         subjects: records of the training subjects (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
-    lora_subjects: dict[str, Sequence[SubjectRecord] | None]  # of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`
@@ -200,6 +200,28 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
+    @classmethod
+    def complete(
+        cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
+    ) -> dict[str, object]:
+        """Return a model section with the entries that autoencoder and data decide, see `complete_model`."""
+        channels = vae.config["latent_channels"]
+        decided = {
+            "in_channels": channels,
+            "out_channels": channels,
+            "mask_stride": list(vae.stride),
+            "num_labels": len(data.labels),
+            "classes": data.classes or None,
+            "numbers": {name: {"mean": stats.mean, "std": stats.std} for name, stats in data.numbers.items()} or None,
+            "images": {name: own.stop - own.start for name, own in images.items()} or None,
+        }
+        for name, value in decided.items():
+            given = section.get(name, value)
+            known_numbers = name == "numbers" and given and value and set(given) == set(value)
+            if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
+                raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; omit it")
+        return {**decided, **section}
+
     def set_attention_backend(self, backend: str) -> None:
         """Set the attention backend as diffusers does, but for this model alone; diffusers also makes it the default of
         the whole process.
@@ -216,18 +238,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             _AttentionBackendRegistry.set_active_backend(default)
 
     @property
-    def train_steps(self) -> int:
-        """Number of steps of the schedule that it was trained with."""
-        return self.config["train_steps"] or TRAIN_STEPS
-
-    @property
     def takes_next_timestep(self) -> bool:
         """Whether it predicts the average velocity to a second time, `next_timestep`."""
         return self.next_embedding is not None
-
-    def timestep_shift(self, sides: Sequence[int]) -> float:
-        """Return the shift of timesteps on a grid of latents (h, w, d); 1 for a model without `shift_voxels`."""
-        return shift_of(sides, self.config["shift_voxels"])
 
     @property
     def takes_partial_masks(self) -> bool:

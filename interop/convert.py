@@ -87,6 +87,8 @@ def convert(
 ) -> list[Converted]:
     """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
 
+    Where a format's autoencoder and U-Net are both there, the folder is a pipeline.
+
     Args:
         format_name: a name in `FORMATS`.
         weights: a file (.pt, .pth, .ckpt or .safetensors), or a folder with the files of all the format's networks.
@@ -113,12 +115,19 @@ def convert(
             config.update(_statistics(config, scale_factor))
         elif value_range is not None and len(sources) == 1:
             raise ValueError("value_range: this is a U-Net, which sees latents; give it with the autoencoder")
-        parts.append(_fit(name, peer, source, config | {"license": restricted}, part.dropped))
+        parts.append(_fit(name, peer, source, config | {"license": restricted} | dict(part.settings), part.dropped))
     if output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output}: holds files already; give a new folder")
+    whole = kind.variant is not None and len(parts) == len(kind.parts)
+    if whole and scale_factor is None:
+        raise FileError(f"{weights}: no file has a scale_factor, which a pipeline needs; give it with --scale_factor")
     with atomic_parts(output, PROVENANCE) as unfinished:
-        for part in parts:
-            part.model().save_pretrained(unfinished / part.peer.folder)
+        models: Any = {part.peer.folder: part.model().eval() for part in parts}
+        if whole and kind.variant is not None:
+            kind.variant.pipeline(models["vae"], models["unet"]).save_pretrained(unfinished)
+        else:
+            for folder, model in models.items():
+                model.save_pretrained(unfinished / folder)
         record = provenance(format_name, parts, scale_factor, license or kind.license)
         (unfinished / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (unfinished / "README.md").write_text(model_card(record), encoding="utf-8")

@@ -5,7 +5,10 @@ not be had where this was written; their layout is that of the scripts that wrot
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from . import maisi
+from .maisi import Variant
 
 OUT_PROJ = r".+\.(?:attentions\.\d+|attention)\.attn\.out_proj\.(?:weight|bias)"
 
@@ -19,12 +22,14 @@ class Part:
         arguments: of the class; None where the user gives them (`--network`).
         files: its file's names in a folder, newest first.
         dropped: a pattern of tensors that its files hold and its class never used.
+        settings: entries of our config beyond those that MONAI's class has.
     """
 
     peers: Sequence[str]
     arguments: Mapping[str, object] | None = None
     files: Sequence[str] = ()
     dropped: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Format:
         license: of the weights, for the model card.
         restricted: what every generated volume must say of the license; None where nothing is forbidden.
         source: where the weights are published.
+        variant: what turns both networks into a pipeline; None where that is not known.
     """
 
     help: str
@@ -46,6 +52,7 @@ class Format:
     license: str | None = None
     restricted: str | None = None
     source: str | None = None
+    variant: Variant | None = None
 
 
 _MAISI_VAE: Mapping[str, object] = {
@@ -80,9 +87,10 @@ _OPEN = "NVIDIA Open Model License"
 _RESEARCH = "non-commercial research only, also for derivatives (NVIDIA, LICENSE.weights of NV-Generate-MR, 3.2, 3.3)"
 
 
-def _rflow(name: str, file: str, vae: Part, **of_format: str) -> Format:
-    unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file])
-    return Format(f"MAISI {name}: autoencoder and U-Net", [vae, unet], value_range=(0.0, 1.0), **of_format)
+def _maisi(name: str, file: str, vae: Part, variant: Variant, **of_format: str) -> Format:
+    unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file], settings=variant.unet_settings())
+    vae_and_unet = f"MAISI {name}: autoencoder and U-Net"
+    return Format(vae_and_unet, [vae, unet], value_range=(0.0, 1.0), variant=variant, **of_format)
 
 
 FORMATS: dict[str, Format] = {
@@ -103,31 +111,36 @@ FORMATS: dict[str, Format] = {
                 _DDPM,
                 ["diff_unet_3d_ddpm-ct.pt", "diff_unet_ckpt_epoch19350.pt"],
                 dropped=OUT_PROJ,
+                settings=maisi.DDPM_CT.unet_settings(),
             ),
         ],
         value_range=(0.0, 1.0),
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-CT",
+        variant=maisi.DDPM_CT,
     ),
-    "maisi-rflow-ct": _rflow(
+    "maisi-rflow-ct": _maisi(
         "rectified flow, CT",
         "diff_unet_3d_rflow-ct.pt",
         _VAE_V1,
+        maisi.RFLOW_CT,
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-CT",
     ),
-    "maisi-rflow-mr": _rflow(
+    "maisi-rflow-mr": _maisi(
         "rectified flow, MR",
         "diff_unet_3d_rflow-mr.pt",
         _VAE_V2,
+        maisi.RFLOW_MR,
         license=_RESEARCH,
         restricted=_RESEARCH,
         source="https://huggingface.co/nvidia/NV-Generate-MR",
     ),
-    "maisi-rflow-mr-brain": _rflow(
+    "maisi-rflow-mr-brain": _maisi(
         "rectified flow, brain MR",
         "diff_unet_3d_rflow-mr-brain_v1.pt",
         _VAE_V1,
+        maisi.RFLOW_MR_BRAIN,
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-MR-Brain",
     ),

@@ -18,6 +18,8 @@ WITHOUT_EFFECT = frozenset(
     "use_flash_attention use_checkpoint use_checkpointing num_splits dim_split norm_float16 print_info save_mem "
     "dropout_cattn _target_ _desc_ _disabled_".split()
 )
+# Of a U-Net's training: entries of `MonaiUNet3D`'s config.
+TRAINED = ("objective", "train_steps", "beta_schedule", "beta_start", "beta_end", "shift_voxels")
 # In weights of MONAI Generative, before MONAI 1.4, these had other names.
 OLD_AUTOENCODER: Renames = (
     (r"((?:en|de)coder\.blocks\.\d+)\.(to_[qkv])\.(weight|bias)", r"\1.attn.\2.\3"),
@@ -128,10 +130,17 @@ def peer_of(arguments: Mapping[str, Any], among: Sequence[str]) -> str:
 def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     """Return the config of our class for the arguments that MONAI's class had.
 
+    Those of a U-Net may say beside them how it was trained (`TRAINED`).
+
     Raises: ValueError for an argument that it does not have, for one that would make another network than ours, and for
         expressions, which are never evaluated.
     """
     given = {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
+    trained = {name: given.pop(name) for name in TRAINED if name in given and peer.folder == "unet"}
+    if trained.get("objective") in ("epsilon", "v_prediction") and "beta_schedule" not in trained:
+        raise ValueError(
+            f"objective {trained['objective']}: give beta_schedule, beta_start and beta_end of its training"
+        )
     if expressions := [name for name, value in given.items() if isinstance(value, str)]:
         raise ValueError(
             f"{', '.join(expressions)}: expressions and references are not evaluated; write the values out"
@@ -148,7 +157,11 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError("channels and num_channels are the same argument; give one")
     if unknown := sorted(given.keys() - peer.arguments.keys()):
         raise ValueError(f"{', '.join(unknown)}: not an argument of this class; it takes {', '.join(peer.arguments)}")
-    config: dict[str, object] = {**peer.defaults, **{peer.arguments[name]: value for name, value in given.items()}}
+    config: dict[str, object] = {
+        **trained,
+        **peer.defaults,
+        **{peer.arguments[name]: value for name, value in given.items()},
+    }
     if regions != {False}:
         if regions != {True} or "takes_spacing" not in peer.arguments.values():
             raise ValueError(
@@ -157,6 +170,8 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         config["takes_regions"] = True
     if transposed:
         config["upsampling"] = "transposed"
+    if isinstance(count := config.get("num_class_embeds"), int):
+        config |= {"classes": {"label": [str(label) for label in range(count)]}, "class_labels": [*range(count)]}
     for name in ("num_res_blocks", "num_head_channels"):
         if isinstance(config.get(name), int) and isinstance(levels := config.get("channels"), list | tuple):
             config[name] = [config[name]] * len(levels)

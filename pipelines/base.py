@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
-from diffusion import Conditions, LatentUNet3D, check_guidance, denoise
+from diffusion import Conditions, LatentDenoiser, LatentUNet3D, MonaiUNet3D, check_guidance, denoise
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance
 from diffusion.distillation import check_guidance_of_student
@@ -80,10 +80,10 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self,
         # by name: `DiffusionPipeline.from_pipe` compares exact types
         vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL,
-        unet: LatentUNet3D,
+        unet: LatentUNet3D | MonaiUNet3D,
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,
-        unet_weak: LatentUNet3D | None = None,
+        unet_weak: LatentUNet3D | MonaiUNet3D | None = None,
     ):
         super().__init__()
         check_components({"vae": vae, "unet": unet, "scheduler": scheduler, "unet_weak": unet_weak})
@@ -99,7 +99,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             check_weak(unet, unet_weak)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, unet_weak=unet_weak)
         self.register_to_config(data=self._data.to_json())
-        self.volume_processor = VolumeProcessor(self._data, vae.stride)
+        self.volume_processor = VolumeProcessor(self._data, [side * unet.stride for side in vae.stride])
         residual_noise = self._data.residual_noise
         self.noise_model = None if residual_noise is None else ResidualNoiseModel(residual_noise)
         self.sampling_settings = SamplingSettings()
@@ -135,7 +135,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     if grid.labels is not None and not self.unet.takes_partial_masks:
                         check_whole(grid.labels, source_name(request.mask))
                 elif request.shape is not None:
-                    grid = self.volume_processor.preprocess_shape(request.shape)
+                    grid = self.volume_processor.preprocess_shape(request.shape, request.spacing)
                 grid = self._add_images(request, grid)
                 record = replace(
                     self.record(request, sampling), scheduler=recorded_scheduler(self._scheduler(sampling, grid))
@@ -191,19 +191,20 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             dtype=self._dtypes(),
             mask=None if request.mask is None else describe_mask(request.mask),
             shape=request.shape,
+            spacing=request.spacing,
             label_map=label_map or None,
             images=describe_images(request.images) or None,
             box_image=None if of_box is None else describe_mask(of_box),
             channels=self.volume_processor.generated(request.images) or None,
             residual_noise=None if self.noise_model is None else sampling.residual_noise,
-            license=self.vae.config.get("license"),
+            license=self.vae.config.get("license") or self.unet.config.get("license"),
         )
 
     def check_guidance(self, scale: Guidance, volumes: Iterable[PreparedVolume]) -> None:
         """Raises: ValueError for a guidance scale that the model, or the conditions of these volumes together, cannot
         have."""
         names = {name for volume in volumes for name in volume.condition_names}
-        check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
+        check_guidance(scale, self.unet.condition_schema.dropout, names)
         check_guidance_of_student(self.unet, scale, None)
 
     # Prepared volumes -> latents -> volumes
@@ -292,7 +293,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             self.maybe_free_model_hooks()
         return samples
 
-    def _networks(self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume]) -> list[LatentUNet3D]:
+    def _networks(self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume]) -> list[LatentDenoiser]:
         """The U-Nets of a call: the pipeline's, and with autoguidance the weaker one. Raises: ValueError if it is not
         the one that the records of the volumes name."""
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
@@ -351,7 +352,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
 
     def _encode(self, grid: PreparedGrid) -> EncodedGrid:
         """The latents of the images on a grid."""
-        if not self.unet.config["images"]:
+        if not self.unet.condition_schema.images:
             return EncodedGrid(None)
         device = self._execution_device
         return EncodedGrid(image_condition(self.vae, self.unet, self.volume_processor, grid, device))

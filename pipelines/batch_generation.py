@@ -97,7 +97,7 @@ class BatchConfig(RunConfig):
     """One generation command.
 
     Attributes:
-        shape: of the volumes, where no file sets it.
+        shape, spacing: of the volumes, where no file sets them.
         masks: folders, patterns or files; without them, `conditions` and `data`, `count` volumes are generated.
         mask_pipeline: a pipeline that generates `count` masks first.
         conditions: a table.
@@ -106,6 +106,7 @@ class BatchConfig(RunConfig):
     """
 
     shape: Sequence[int] | None = None
+    spacing: Sequence[float] | None = None
     masks: Sequence[str] = ()
     mask_pipeline: str | None = None
     conditions: str | Path | None = None
@@ -123,7 +124,7 @@ class BatchConfig(RunConfig):
         requests = self._sources(load, say)
         if self.shape and any(request.files for request in requests):
             raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
-        return [replace(request, shape=self.shape) for request in requests]
+        return [replace(request, shape=self.shape, spacing=self.spacing) for request in requests]
 
     def _sources(self, load: Callable[[], VolumePipeline], say: Callable[[str], object]) -> Sequence[VolumeRequest]:
         if self.mask_pipeline is not None:
@@ -238,7 +239,7 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         files = [folder / f"{name}.nii.gz" for name in names]
         masks = [str(file) for file in files if file.exists()]
         if masks:  # at least one was accepted
-            of_volumes = replace(config, masks=masks, mask_pipeline=None, count=1, shape=None)  # the shape was theirs
+            of_volumes = replace(config, masks=masks, mask_pipeline=None, count=1, shape=None, spacing=None)  # theirs
             missing += generate_to_disk(of_volumes, state, held=True)
     return missing
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.identity import keep_record, stamps_of
-from diffusion import LatentUNet3D
+from diffusion import LatentDenoiser
 from pipelines.inputs.arguments import listed, real_number
 from pipelines.lora_state import attached_lora, check_hotswap, lora_digest, lora_factors
 from pipelines.storage.lora_files import (
@@ -46,7 +46,7 @@ def target_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def add_lora(
-    unet: LatentUNet3D, *, rank: int, alpha: float, target_modules: Sequence[str], dropout: float = 0.0
+    unet: LatentDenoiser, *, rank: int, alpha: float, target_modules: Sequence[str], dropout: float = 0.0
 ) -> None:
     """Attach a LoRA that changes nothing yet, and freeze all other weights.
 
@@ -61,17 +61,22 @@ def add_lora(
     require_peft()
     from peft import LoraConfig
 
-    layers = {name.rpartition(".")[2] for name in target_weights(unet)}
+    weights = target_weights(unet)
+    layers = {name.rpartition(".")[2] for name in weights}
     if not target_modules or set(target_modules) - layers:
         raise ValueError(f"target_modules {list(target_modules)}: layers that can have a LoRA are {sorted(layers)}")
     unet.requires_grad_(False)
+    targets = list(target_modules)
+    named = [name for name, _ in unet.named_modules() if name.rpartition(".")[2] in targets]
+    if any(name not in weights for name in named):  # peft would give one to those, too: whole names leave them out
+        targets = [name for name in named if name in weights]
     unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), lora_dropout=dropout)  # pyright: ignore[reportArgumentType]
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout)  # pyright: ignore[reportArgumentType]
     )
 
 
 def save_lora(
-    unet: LatentUNet3D,
+    unet: LatentDenoiser,
     folder: str | PathLike,
     base: str,
     adapter_name: str = "default",
@@ -88,7 +93,7 @@ def save_lora(
     return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
 
-def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: object) -> None:
+def check_lora(unet: LatentDenoiser, tensors: Mapping[str, torch.Tensor], path: object) -> None:
     """Check that every factor has its layer, its shape and its partner.
 
     Raises: ValueError naming the layers that do not fit.
@@ -139,8 +144,8 @@ class LoraMixin(LoraBaseMixin):
     _lora_loadable_modules = ["unet"]
     vae: VolumeAutoencoder
     unet_name = "unet"
-    unet: LatentUNet3D
-    unet_weak: LatentUNet3D | None
+    unet: LatentDenoiser
+    unet_weak: LatentDenoiser | None
     data: DataDescription
     unet_hash: str
     model_hash: str
@@ -386,7 +391,7 @@ class LoraMixin(LoraBaseMixin):
 
     def _check_not_compiled(self, what: str) -> None:
         """Raise ValueError for a compiled U-Net, where diffusers would do nothing."""
-        if not isinstance(self.unet, LatentUNet3D):
+        if not isinstance(self.unet, LatentDenoiser):
             raise ValueError(f"{what} before torch.compile, or with pipe.unet set to the U-Net that was compiled")
 
     def _check_not_fused(self, what: str) -> None:

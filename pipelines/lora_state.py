@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from autoencoder.identity import is_same, stamps_of
-from diffusion import LatentUNet3D
+from diffusion import LatentDenoiser
 from pipelines.storage.lora_files import FACTORS
 from pipelines.storage.provenance import tensor_digest
 
 
-def attached_lora(unet: LatentUNet3D, adapter_name: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+def attached_lora(unet: LatentDenoiser, adapter_name: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     """Return the tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there
     is none.
     """
@@ -59,7 +59,7 @@ def lora_factors(unet: nn.Module, adapter_name: str) -> list[tuple[str, torch.Te
     ]
 
 
-def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
+def check_hotswap(unet: LatentDenoiser, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
     """Raise ValueError unless a LoRA of this name is attached to the same layers: diffusers would lose it."""
     attached = list(getattr(unet, "peft_config", {}))
     if adapter_name is None or adapter_name not in attached:

@@ -72,6 +72,7 @@ class MedVolumePipeline(VolumePipeline):
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
         residual_noise: bool = True,
         box_image: ImageLike | Sequence[ImageLike] | None = None,
+        spacing: Sequence[float] | None = None,
     ) -> MedVolumePipelineOutput:
         """Generate volumes.
 
@@ -138,6 +139,8 @@ class MedVolumePipeline(VolumePipeline):
             box_image: an image on the mask's grid whose foreground sets the box that is generated, for a model whose
                 training cut its cases to one (`data.crop` with a value): one, or a list of one per mask. It conditions
                 nothing. Without it the whole grid is generated, unless `image` has that channel.
+            spacing: (x, y, z) in mm between the voxels of `shape`. Default: that of the model's template. A model of
+                volumes of one spacing generates at its own, and the volume is resampled.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images,
         the guidance, the generators, the sigmas, the output type, the scheduler, the paths; all of it before the first
@@ -150,7 +153,7 @@ class MedVolumePipeline(VolumePipeline):
         guidance |= {"guidance_without": guidance_without, "without_scale": without_scale}
         sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **guidance)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
-        requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image)
+        requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image, spacing)
         volumes = [volume for volume in self.prepare(requests, sampling) for _ in range(per_mask)]
         if latents is None:
             sampling.check_start()

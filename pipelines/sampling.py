@@ -13,7 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusion import LatentUNet3D, fit_scheduler
+from diffusion import LatentDenoiser
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import (
     Guidance,
@@ -22,6 +22,7 @@ from diffusion.guidance import (
     guidance_in_effect,
     interval_in_effect,
 )
+from diffusion.maisi_steps import with_maisi_steps
 from diffusion.scheduler_options import MIN_NOISE, Scheduler
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
@@ -32,7 +33,7 @@ from volumes.formats.carriers import as_array
 DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
 OF_PIPELINE = (  # in sampling.json
     *("num_inference_steps", "guidance_scale", "guidance_interval", "autoguidance_scale"),
-    *("guidance_without", "without_scale"),
+    *("guidance_without", "without_scale", "maisi_steps"),
 )
 WITHOUT_SCALE = 2.0  # of `guidance_without`
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -56,6 +57,8 @@ class SamplingConfig:
         guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
             such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
         without_scale: of that guidance, 1 for none; None for the pipeline's own.
+        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.maisi_steps`; None for the pipeline's
+            own.
     Raises: ValueError naming the argument.
     """
 
@@ -69,6 +72,7 @@ class SamplingConfig:
     settings_from: Mapping[str, str] | None = None
     guidance_without: Mapping[str | int, str | int] | None = None
     without_scale: float | None = None
+    maisi_steps: bool | None = None
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -119,7 +123,7 @@ class SamplingConfig:
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
         guidance = self.guidance_scale, self.interval, autoguidance_in_effect(self.autoguidance_scale)
-        return self.steps, self.sigmas, *guidance, self.without, self.residual_noise
+        return self.steps, self.sigmas, *guidance, self.without, self.residual_noise, bool(self.maisi_steps)
 
     @property
     def interval(self) -> Interval | None:
@@ -292,12 +296,13 @@ def check_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> 
 
 
 def scheduler_of_call(
-    scheduler: SchedulerMixin, unet: LatentUNet3D, sampling: SamplingConfig, sides: tuple[int, int, int] | None
+    scheduler: SchedulerMixin, unet: LatentDenoiser, sampling: SamplingConfig, sides: tuple[int, int, int] | None
 ) -> Scheduler:
     """A copy of the scheduler that speaks the model's objective, with the model's shift for latents of these sides
     (None for no shift). Sigmas that the call gives are used unchanged, so they have no shift."""
     shift = 1.0 if sides is None or sampling.sigmas is not None else unet.timestep_shift(sides)
-    return fit_scheduler(scheduler, unet.config["objective"], unet.train_steps, shift=shift)
+    fitted = unet.fitted(scheduler, shift)
+    return with_maisi_steps(fitted) if sampling.maisi_steps else fitted
 
 
 def recorded_scheduler(fitted: Scheduler) -> dict[str, object]:

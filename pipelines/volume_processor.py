@@ -69,7 +69,7 @@ class VolumeProcessor:
 
     Args:
         data: the description of the training set.
-        stride: total stride of the autoencoder per axis.
+        stride: of the whole model per axis: that of the autoencoder, times that of the U-Net.
     """
 
     def __init__(self, data: DataDescription, stride: Sequence[int]):
@@ -133,12 +133,19 @@ class VolumeProcessor:
             images, target, self.affine, reading=self.reading, reference=self.reference, partial=self.crop is not None
         )
 
-    def preprocess_shape(self, shape: Sequence[int]) -> PreparedGrid:
-        """A grid of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
+    def preprocess_shape(self, shape: Sequence[int], spacing: Sequence[float] | None = None) -> PreparedGrid:
+        """A grid of `shape` (X, Y, Z) voxels on the template's affine, with `spacing` (mm) in place of its own, for a
+        model that no mask conditions. Warns: of another spacing than the model's, as for a mask."""
         shape = grid_shape(shape)
         _check_room(shape)
-        grid = Volume(_no_labels(shape), self.affine)
-        return self._padded(grid, grid, "the shape asked for", None)
+        target = Volume(_no_labels(shape), self.affine)
+        if spacing is not None:
+            affine = self.affine.copy()
+            affine[:3, :3] = affine[:3, :3] / target.spacing * np.asarray(spacing)
+            target = Volume(target.array, affine)
+        name = "the shape asked for"
+        grid = target if spacing is None else self._resampled(target, name, "shape")
+        return self._padded(grid, target, name, None)
 
     def preprocess_images(self, images: Images, prepared: PreparedGrid | None) -> PreparedGrid:
         """Read images {channel: image} that condition the others: on the grid of `prepared`; without one, on their own.

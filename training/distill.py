@@ -94,6 +94,8 @@ def student_model(section: dict[str, Any], teacher: LatentUNet3D) -> dict[str, A
 
     Raises: ValueError naming the arguments of `section` that differ from it.
     """
+    if not isinstance(teacher, LatentUNet3D):
+        raise ValueError(f"distill.teacher: its U-Net is a {type(teacher).__name__}; only a LatentUNet3D has students")
     names = [name for name in inspect.signature(LatentUNet3D.__init__).parameters if name not in ("self", *OWN)]
     model = {name: _plain(teacher.config[name]) for name in names}
     student = {"class": "diffusion.LatentUNet3D", **model, "objective": FLOW_MAP}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from volumes import UNKNOWN
 
 if TYPE_CHECKING:
-    from diffusion import LatentUNet3D
+    from diffusion import LatentDenoiser
     from volumes import VolumeDataset
 
     from .ldm_config import TrainLdmConfig
@@ -34,13 +34,13 @@ def weights_by_index(weights: Mapping[int | str, float], labels: Mapping[int, st
 
 
 def label_weights(
-    config: "TrainLdmConfig", labels: Mapping[int, str], unet: "LatentUNet3D"
+    config: "TrainLdmConfig", labels: Mapping[int, str], unet: "LatentDenoiser"
 ) -> dict[str, tuple[int, float]]:
     """Return {label name: (label index, weight)} of `config.loss_weights`.
 
     Raises: ValueError for labels that the masks do not have or whose name others have, and for a model without masks.
     """
-    if config.loss_weights and not unet.config["num_labels"]:
+    if config.loss_weights and not unet.num_labels:
         raise ValueError(
             f"loss_weights {config.loss_weights}: the model is trained without a mask (model.num_labels: 0), which "
             "says where a label is; remove one of them"

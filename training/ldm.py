@@ -15,8 +15,8 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
-from diffusion import LatentUNet3D, collate_latents, moved_embeddings
-from diffusion.completion import complete_model
+from diffusion import LatentDenoiser, collate_latents, moved_embeddings
+from diffusion.completion import complete_model, denoiser_class
 from diffusion.denoise import set_timesteps
 from diffusion.latents.cache import weights_hash
 from files.documents import read_object
@@ -52,14 +52,15 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_prepared(config, vae, train.preprocessing)
     teacher, taught = load_teacher(config, vae, accelerator) if config.distill else (None, None)
     earlier = check_unseen(config, vae, held_out)
-    data = describe(train)
+    config.model = config.model or model_of(config.init_from)
+    data = describe(train, constant=denoiser_class(config.model).known_numbers)
     images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_student(config)
     check_residual_noise(config, train)
     check_background(train)
     set_seed(config.loop.seed)
-    unet: LatentUNet3D = build_model(config.model, config.gradient_checkpointing)
+    unet: LatentDenoiser = build_model(config.model, config.gradient_checkpointing)
     if config.init_from:
         fresh = init_unet(unet, config.init_from)
         logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
@@ -72,7 +73,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), step.inference_steps, None, accelerator.device)
 
-    num_labels = unet.config["num_labels"]
+    num_labels = unet.num_labels
     latents = latents_of(train, vae, config, config.cache, accelerator)
     partial_masks = unet.takes_partial_masks
     validation: Any = []
@@ -106,6 +107,16 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         ),
         contents={**digests(train), "autoencoder": weights_hash(vae.encoder)},
     )
+
+
+def model_of(init_from: str | None) -> dict[str, object]:
+    """Return the model section of the U-Net that a training starts from; an empty one without its config."""
+    described = Path(init_from or "") / "config.json"
+    if init_from is None or not described.is_file():
+        return {}
+    stored = read_object(described)
+    arguments = {name: value for name, value in stored.items() if name[0] != "_" and name != "subjects"}
+    return {"class": f"diffusion.{stored.get('_class_name')}", **arguments}
 
 
 def image_latents(data: DataConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
@@ -158,7 +169,7 @@ def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
     check_noise_shape([min(sides) for sides in zip(*train.shapes, strict=True)])
 
 
-def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
+def init_unet(unet: LatentDenoiser, folder: str | Path) -> list[str]:
     """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at
     zero, and so does what a model of whole masks lacks for partial ones. A student's second time stays as it is."""
     described = Path(folder) / "config.json"
@@ -166,12 +177,12 @@ def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     moved = None if trained is None else moved_embeddings(trained, unet.config)
     longer = None
     if trained is not None and unet.takes_partial_masks and trained.get("partial_masks") is None:
-        same = trained.get("num_labels") == unet.config["num_labels"]
+        same = trained.get("num_labels") == unet.num_labels
         longer = "mask_embedding.table.weight" if same else None  # unknown is the label after the last one
     return initialize_from(unet, folder, new="condition_embedding", moved=moved, longer=longer, own="next_embedding")
 
 
-def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
+def attach_lora(unet: LatentDenoiser, config: TrainLdmConfig) -> str:
     """Attach the config's LoRA to the U-Net that the training starts from. Returns the hash of that U-Net.
 
     Raises: ValueError without `init_from`, or if the model section differs from it.

@@ -83,8 +83,11 @@ class TrainLdmConfig:
         vae: folder of the trained autoencoder (`vae/` of its run).
         data: the volumes. It may be absent if the folder of the run that trained `vae` is there: its section is used.
         model: `class:` and that class's constructor arguments, except those that the autoencoder and the data decide.
-            With `distill` it is the teacher's, and absent.
+            Default: that of `init_from`. With `distill` it is the teacher's, and absent.
         cache: latents of the training volumes.
+        latents: what the U-Net learns of each volume: sample, from the autoencoder's posterior, anew in each step; or
+            mode, its mean, without the posterior's noise, which may be a large part of it (doctor names it). Default:
+            sample, and mode for autoencoders of MAISI and MONAI.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
         loss_weights: how much the error inside a label counts, by its name or value, such as {lesion: 100} for lesions
             of a few voxels; 1 for all others. A latent voxel has the largest weight of its voxels. The loss is the
@@ -114,6 +117,7 @@ class TrainLdmConfig:
     data: DataConfig
     model: dict[str, Any] = field(default_factory=dict)
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    latents: Literal["sample", "mode"] | None = None
     loss: Literal["mse", "l1"] = "mse"
     loss_weights: dict[Label | str, PositiveFloat] = field(default_factory=dict)
     scheduler: str | None = None

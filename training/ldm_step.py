@@ -13,11 +13,9 @@ from torch import Tensor
 from autoencoder import VolumeAutoencoder
 from diffusion import (
     Conditions,
-    LatentUNet3D,
+    LatentDenoiser,
     denoise,
     drop_conditions,
-    fit_scheduler,
-    make_scheduler,
     training_loss,
 )
 from diffusion.distillation import Teacher
@@ -48,19 +46,20 @@ class LatentBatch(TypedDict):
 
 
 class LdmTrainingStep:
-    """The training step of a U-Net: latents sampled from their posterior, timesteps and noise, the objective's loss.
+    """The training step of a U-Net: latents of their posterior, timesteps and noise, the objective's loss.
 
     Args:
         realism: compares generated with held-out volumes, if `loop.sample_every` asks for it.
         teacher: of a student, whose objective is `flow_map`.
         label_weights: {label name: (label index, weight)} of the labels whose errors count more or less than others.
+        sampled: whether latents are sampled from their posterior; otherwise they are its mode.
     """
 
     distance = "kernel_distance"
 
     def __init__(
         self,
-        learner: Learner[LatentUNet3D],
+        learner: Learner[LatentDenoiser],
         vae: VolumeAutoencoder,
         inference_steps: int,
         channels: Sequence[str],
@@ -70,7 +69,9 @@ class LdmTrainingStep:
         realism: EncoderDistance | None = None,
         teacher: Teacher | None = None,
         label_weights: Mapping[str, tuple[int, float]] | None = None,
+        sampled: bool = True,
     ):
+        self.sampled = sampled
         self.label_maps, self.realism = label_maps, realism
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.channels = channels
@@ -78,25 +79,26 @@ class LdmTrainingStep:
         self.make_scheduler = make_scheduler
         self.loss = partial(
             training_loss,
-            train_steps=network.train_steps,
-            shift_voxels=network.config["shift_voxels"],
+            **network.loss_settings,
             teacher=teacher,
             absolute=loss == "l1",
         )
         self.validation_samples = VALIDATION_SAMPLES if teacher is None else VALIDATION_TRAJECTORIES
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
-        self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
+        self.dropout = self.schema.dropout
         self.coded_apart = len(channels) > 1 and vae.num_channel_groups == len(channels) and not label_maps
         self.label_weights = dict(label_weights or {})
-        self.partial_masks: float | None = network.config["partial_masks"]
+        self.partial_masks: float | None = network.config.get("partial_masks")
         parts = [*(channels if self.coded_apart else ()), *self.label_weights]
         self.metrics = {"loss": False} | {f"loss/{name}": False for name in parts}
 
     def __call__(self, batch: LatentBatch, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """Train on a batch of `collate_latents`."""
-        noise = randn_tensor(batch["mean"].shape, generator=generators, device=batch["mean"].device)
-        latents = batch["mean"] + batch["std"] * noise
+        latents = batch["mean"]
+        if self.sampled:
+            noise = randn_tensor(latents.shape, generator=generators, device=latents.device)
+            latents = latents + batch["std"] * noise
         # Dropout uses only the global random state, and a resumed run must find it.
         torch.manual_seed(generators[0].initial_seed())
         hidden = self._hide(batch["conditions"], generators)
@@ -113,14 +115,14 @@ class LdmTrainingStep:
         if not self.partial_masks or conditions.mask is None:
             return conditions
         network = self.unet.network
-        labels, stride = network.config["num_labels"], network.mask_stride
+        labels, stride = network.num_labels, network.mask_stride
         return replace(conditions, mask=hide_parts(conditions.mask, stride, labels, self.partial_masks, generators))
 
     def _emphasis(self, conditions: Conditions) -> Tensor:
         """Return the weight of each latent voxel by the whole masks of a batch."""
         assert conditions.mask is not None
         weights = dict(self.label_weights.values())
-        return emphasis_of(conditions.mask, weights, self.unet.network.config["num_labels"])
+        return emphasis_of(conditions.mask, weights, self.unet.network.num_labels)
 
     def after_update(self, taken: bool) -> None:
         """Do nothing: all state moves by gradients."""
@@ -197,7 +199,7 @@ class LdmTrainingStep:
         noise = randn_tensor(item["latents"].shape, generator=generator, device=item["latents"].device)
         average, steps = self.unet.average, self.inference_steps
         shift = average.timestep_shift(noise.shape[2:])
-        scheduler = fit_scheduler(self.make_scheduler(), self.objective, average.train_steps, shift=shift)
+        scheduler = average.fitted(self.make_scheduler(), shift)
         conditions = item["conditions"].drop(images, self.schema)
         with self.unet.accelerator.autocast():
             latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
@@ -206,7 +208,7 @@ class LdmTrainingStep:
 
 def build_step(
     config: TrainLdmConfig,
-    unet: LatentUNet3D,
+    unet: LatentDenoiser,
     vae: VolumeAutoencoder,
     realism: EncoderDistance | None = None,
     teacher: Teacher | None = None,
@@ -216,9 +218,19 @@ def build_step(
     learner = run_learner("unet", unet, config)
     objective: str = unet.config["objective"]
     name, usual = default_sampler(objective, config.scheduler)
-    scheduler = partial(make_scheduler, objective, unet.train_steps, name=name, bound=vae.latent_bound())
+    scheduler = partial(unet.new_scheduler, name, vae.latent_bound())
     label_maps = bool(config.data.image_labels)
     channels, steps = config.data.channels, config.inference_steps or usual
     return LdmTrainingStep(
-        learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, teacher, label_weights
+        learner,
+        vae,
+        steps,
+        channels,
+        scheduler,
+        config.loss,
+        label_maps,
+        realism,
+        teacher,
+        label_weights,
+        (config.latents or vae.latents_for_training) == "sample",
     )

@@ -49,6 +49,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["AEKLResBlock"]
     _repeated_blocks = ["AEKLResBlock"]
+    latents_for_training = "mode"  # the noise of MAISI's posterior is a quarter of its latents' variance
 
     @register_to_config
     def __init__(

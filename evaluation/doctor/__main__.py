@@ -127,11 +127,13 @@ from .models import (
     check_settings,
     config_from_sections,
     estimate,
+    known_numbers,
+    model_section,
     plan,
     with_precision,
 )
 from .overlap import overlap_findings
-from .run_checks import check_log, check_output, check_run
+from .run_checks import check_log, check_output, check_run, latents_setting
 from .start import advise_start
 
 Checks = tuple[list[Finding], Mapping[str, object]]  # findings, and values for the report
@@ -246,12 +248,12 @@ def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapp
     latent = "vae" in sections
     if wrong := check_settings(sections):
         return [*wrong, *check_size(examined, None, latent)], {}
-    if not sections.get("model"):
+    if not model_section(sections):
         missing = "the config has no section `model`, so memory is not estimated"
         return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
     train = [item.numbers for item in examined if item.case.split == "train"]
     try:
-        numbers = describe_numbers(config.numbers, train) if config.numbers else {}
+        numbers = describe_numbers(config.numbers, train, known_numbers(sections)) if config.numbers else {}
     except ValueError as error:
         return [
             *check_size(examined, None, latent),
@@ -289,7 +291,8 @@ def after_training(config: DataConfig, folder: Path, volumes: int, steps: int, d
         summary = latent_summary(vae, train, lambda name: progress.update())
     voxels, spacings = read_test_cases(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
-    findings, measured = findings + check_latents(summary) + check_log(folder), {"latents": summary}
+    sampled = (latents_setting(folder) or vae.latents_for_training) == "sample"
+    findings, measured = findings + check_latents(summary, sampled) + check_log(folder), {"latents": summary}
     if not (folder / "model_index.json").is_file():
         return findings, measured
     if not split["test"]:

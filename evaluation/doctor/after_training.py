@@ -29,6 +29,7 @@ from .data_checks import outliers
 DRIFT = 0.25  # standard deviations that the mean may be off, and fraction that the std may be off
 INFORMED = 0.1  # fraction of a channel's variance that is signal, below which the channel is dead
 CERTAIN = 0.5  # the same, below which the posterior's noise is most of what the U-Net is trained to predict
+NOISY = 0.2  # fraction of the variance of sampled latents that is noise, above which it is worth a warning
 USED = 0.1  # perplexity over the codes that could be used, below which a codebook has collapsed
 BANDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # cycles/voxel; 16 voxels per side are enough for them
 LEVELS = np.linspace(0, 1, 101)
@@ -95,9 +96,13 @@ def latent_summary(
     }
 
 
-def check_latents(summary: LatentSummary) -> list[Finding]:
+def check_latents(summary: LatentSummary, sampled: bool = True) -> list[Finding]:
     """Check a `latent_summary`: drift from the stored statistics, dead and noisy channels, unused codes, outlying
-    volumes."""
+    volumes.
+
+    Args:
+        sampled: whether the U-Net learns samples of the posterior (`TrainLdmConfig.latents`), with its noise.
+    """
     findings = []
     mean, std, informed = (np.array(summary[key]) for key in ("mean", "std", "informed"))
     text = (
@@ -119,6 +124,10 @@ def check_latents(summary: LatentSummary) -> list[Finding]:
         shares = ", ".join(f"{informed[i]:.1%}" for i in dead)
         findings.append(warn("latents", f"channels {dead} are dead: {shares} of their variance is signal", remedy))
     noisy = np.flatnonzero((informed >= INFORMED) & (informed < CERTAIN)).tolist()
+    share = float((1 - informed).mean())
+    if sampled and share > NOISY and not (dead or noisy):  # which have a finding of their own
+        text = f"sampled latents put noise into what the U-Net learns: {share:.1%} of their variance"
+        findings.append(warn("latents", text, "set latents: mode in the config of train_ldm.py"))
     if noisy:
         remedy = "lower losses.kl: the U-Net is trained to predict the sampled noise too, which no condition explains"
         shares = ", ".join(f"{1 - informed[i]:.0%}" for i in noisy)
@@ -211,12 +220,12 @@ def _darkened(volume: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
 def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps: int) -> np.ndarray:
     """Generate (C, X, Y, Z) from the case's mask, classes and numbers, with the case's index as the seed."""
     config, facts = dataset.config, dataset.facts[index]
-    mask = dataset.label_map(index) if pipe.unet.config["num_labels"] else None
+    mask = dataset.label_map(index) if pipe.unet.num_labels else None
     names = config.class_names
     classes = {c: names[c][i] for c, i in zip(sorted(names), facts.classes, strict=True) if i >= 0}
     numbers = {c: v for c, v in zip(sorted(config.numbers), facts.numbers, strict=True) if not math.isnan(v)}
-    classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
-    numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}
+    classes = {name: value for name, value in classes.items() if name in pipe.unet.condition_schema.classes}
+    numbers = {name: value for name, value in numbers.items() if name in pipe.unet.condition_schema.numbers}
     generator = torch.Generator().manual_seed(index)
     volume: Any = pipe(
         mask=mask,

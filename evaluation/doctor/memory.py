@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoencoder import VolumeAutoencoder
-from diffusion import Conditions, LatentUNet3D
+from diffusion import Conditions, LatentDenoiser
 from training import LdmTrainingStep, Learner, VaeTrainingStep
 
 from .cpu_memory import workspace
@@ -210,27 +210,27 @@ def optimizer_bytes(learner: Learner) -> int:
     return WEIGHT_BYTES * sum((1 if g.get("muon") else 2) * sum(p.numel() for p in g["params"]) for g in groups)
 
 
-def unet_inputs(unet: LatentUNet3D, shape: Sequence[int], batch: int) -> dict[str, Tensor]:
+def unet_inputs(unet: LatentDenoiser, shape: Sequence[int], batch: int) -> dict[str, Tensor]:
     """Return arguments of the U-Net for `batch` latents of `shape` (h, w, d), with all its conditions."""
-    config, device = unet.config, next(unet.parameters()).device
+    config, device, schema = unet.config, next(unet.parameters()).device, unet.condition_schema
     inputs = {
         "sample": torch.zeros(batch, config["in_channels"], *shape, device=device),
         "timestep": torch.zeros(batch, device=device),
     }
-    if config["num_labels"]:
+    if schema.mask:
         places = math.prod(unet.mask_stride)
         inputs["mask"] = torch.ones(batch, *shape, places, dtype=torch.int32, device=device)
-    if config["classes"]:
-        inputs["classes"] = torch.zeros(batch, len(config["classes"]), dtype=torch.int64, device=device)
-    if config["numbers"]:
-        inputs["numbers"] = torch.zeros(batch, len(config["numbers"]), device=device)
-    if config["images"]:
-        inputs["image"] = torch.zeros(batch, len(unet.condition_schema.image_columns), *shape, device=device)
+    if schema.classes:
+        inputs["classes"] = torch.zeros(batch, len(schema.classes), dtype=torch.int64, device=device)
+    if schema.numbers:
+        inputs["numbers"] = torch.zeros(batch, len(schema.numbers), device=device)
+    if schema.images:
+        inputs["image"] = torch.zeros(batch, len(schema.image_columns), *shape, device=device)
     return inputs
 
 
 def generation_bytes(
-    vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int, *, cpu: bool = False
+    vae: VolumeAutoencoder, unet: LatentDenoiser | None, shape: Sequence[int], batch: int, *, cpu: bool = False
 ) -> dict[str, int]:
     """Return {"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes,
     in float32, for volumes padded to `shape`. Guidance doubles the denoising. Encoding for the latent cache takes as

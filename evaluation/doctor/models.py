@@ -19,8 +19,8 @@ from torch import nn
 
 from autoencoder import AutoencoderKL3D, VolumeAutoencoder
 from cli.settings import construct, faults, refuse
-from diffusion import LatentUNet3D
-from diffusion.completion import complete_model
+from diffusion import LatentDenoiser
+from diffusion.completion import complete_model, denoiser_class
 from evaluation.report import read_config
 from files.documents import read_object, read_yaml
 from pipelines import MedVolumePipeline
@@ -86,7 +86,7 @@ class Models:
 
     config: Config
     vae: VolumeAutoencoder
-    unet: LatentUNet3D | None
+    unet: LatentDenoiser | None
     step: VaeTrainingStep | LdmTrainingStep | None
 
     def work(self, latent_shape: Sequence[int], device: torch.device) -> Callable[[], None]:
@@ -129,6 +129,16 @@ def with_precision(config: Config, precision: str | None = None, accelerator: bo
     return resolved
 
 
+def model_section(sections: Mapping[str, Any]) -> Mapping[str, object]:
+    """Return the section `model` of a config, or that of the U-Net that it starts from; empty without either."""
+    return sections.get("model") or (ldm.model_of(sections.get("init_from")) if "vae" in sections else {})
+
+
+def known_numbers(sections: Mapping[str, Any]) -> Sequence[str]:
+    """Return the numbers that the U-Net of a config takes whatever their statistics are (`known_numbers`)."""
+    return denoiser_class(model_section(sections)).known_numbers
+
+
 def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
     """Find settings beside `data` and `model` that training would refuse: unknown ones, and values outside their
     ranges."""
@@ -149,17 +159,22 @@ def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Pat
         folder: where the config lies, and perhaps the config of an autoencoder that is not trained yet.
     Raises: ValueError (TypeError or KeyError from a model's constructor) if they cannot be built.
     """
+    config = copy.copy(config)
+    if isinstance(config, TrainLdmConfig):
+        config.model = config.model or ldm.model_of(config.init_from)
     if not config.model:
         raise ValueError("the config has no section `model`")
-    config = copy.copy(config)
     if isinstance(config, TrainVaeConfig):
         return _vae_models(config)
     autoencoder, findings = _autoencoder_for(config, folder)
     images = ldm.image_latents(config.data, autoencoder)
     config.model = complete_model(config.model, autoencoder, PlannedData.of(config.data, numbers), images)
     unet = build_model(config.model, config.gradient_checkpointing)
-    if not isinstance(unet, LatentUNet3D):
+    if not isinstance(unet, LatentDenoiser):
         raise ValueError(f"model.class is {config.model['class']}; a config with `vae` trains a diffusion.LatentUNet3D")
+    if config.latents == "sample" and autoencoder.latents_for_training == "mode":
+        message = "latents: sample adds the noise of the autoencoder's posterior to what the U-Net learns"
+        findings = [*findings, warn("model", message, "set latents: mode")]
     if config.lora is not None:
         add_lora(unet, **asdict(config.lora))
     return Models(config, autoencoder, unet, ldm_step.build_step(config, unet, autoencoder)), findings

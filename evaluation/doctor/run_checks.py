@@ -4,6 +4,7 @@ what it reported (metrics.jsonl) after it."""
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.report import read_config
 from training import TrainLdmConfig, TrainVaeConfig
 from training.engine.checkpoints import list_checkpoints
 from training.engine.run import CHECKPOINTS
@@ -34,6 +35,12 @@ def check_output(output: str) -> list[Finding]:
         "--init_from to start from its weights"
     )
     return [warn("output", f"{output} already holds a run, up to {checkpoints[-1].name}", remedy)]
+
+
+def latents_setting(folder: Path) -> str | None:
+    """Return `latents` in the config of the run that wrote `folder`; None where nothing says it."""
+    config = folder.resolve().parent / "config.yaml"
+    return read_config(config).get("latents") if config.is_file() else None
 
 
 def check_log(folder: Path) -> list[Finding]:

@@ -7,7 +7,7 @@ import torch
 
 from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, fold_mask, image_condition
-from diffusion.objectives import FLOWS, TRAIN_STEPS, noisy_and_target, shift_of, shifted
+from diffusion.objectives import FLOWS, TRAIN_STEPS, noisy_and_target, shifted
 from pipelines import MedVolumePipeline
 from volumes import VolumeDataset, pad_sample
 
@@ -43,11 +43,11 @@ def denoising_losses(
         latents = vae.encode(item["image"][None].to(vae.device, vae.dtype), return_dict=False)[0].mode().to(unet.dtype)
         weight = cells_inside(item["fov"][None].to(latents.device), tuple(latents.shape[2:])).to(latents)
         tensors = {key: values[None] for key in ("classes", "numbers") if (values := item.get(key)) is not None}
-        if config["num_labels"]:
+        if unet.num_labels:
             if "mask" not in item:
                 raise ValueError("the model is conditioned on masks, and the data has none; give `masks` in its config")
             tensors["mask"] = fold_mask(
-                item["mask"][None], vae.stride, config["num_labels"], partial=unet.takes_partial_masks
+                item["mask"][None], vae.stride, unet.num_labels, partial=unet.takes_partial_masks
             )
         if schema.images:
             images = {name: vae.latents_of(dataset.channels.index(name)) for name, _ in schema.images}
@@ -55,13 +55,13 @@ def denoising_losses(
         conditions = Conditions(**tensors).to(latents.device)
         generator = torch.Generator().manual_seed(seed)
         errors = []
-        shift = shift_of([int(weight.sum())], config["shift_voxels"])
+        shift = unet.timestep_shift([int(weight.sum())])
         for time in times:
             for _ in range(draws):
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
                 step = shifted(time * unet.train_steps / TRAIN_STEPS, shift, unet.train_steps)
                 at = torch.full((1,), step if config["objective"] in FLOWS else int(step), device=latents.device)
-                noisy, target = noisy_and_target(config["objective"], latents, noise, at, unet.train_steps)
+                noisy, target = noisy_and_target(config["objective"], latents, noise, at, unet.train_steps, unet.betas)
                 prediction = unet(noisy * weight, at, **conditions.as_kwargs(), **end, return_dict=False)[0]
                 error = (prediction.float() - target.float()) ** 2 * weight
                 errors.append(float(error.sum() / (weight.sum() * latents.shape[1])))

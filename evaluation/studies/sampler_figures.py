@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import nn
 
 from diffusion.guidance import Interval, interval_in_effect
-from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
+from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW, Scheduler
 from evaluation.data.model_units import in_model_units, pipeline_of_boxes
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.data.volume_sets import volume_shapes
@@ -82,13 +82,13 @@ class SamplingInputs:
 def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
     """Make a new scheduler for the model's objective. Raises: ValueError for a name without one, listing those that
     have one."""
-    objective, train_steps = pipe.unet.config["objective"], pipe.unet.train_steps
+    objective = pipe.unet.config["objective"]
     if name == OWN:
-        return fit_scheduler(pipe.scheduler, objective, train_steps)
+        return pipe.unet.fitted(pipe.scheduler)
     classes = {RECTIFIED_FLOW: OF_FLOWS, FLOW_MAP: OF_MAPS}.get(objective, OF_DIFFUSION)
     if name not in classes:
         raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(classes)}")
-    return make_scheduler(objective, train_steps, name=classes[name].__name__, bound=pipe.vae.latent_bound())
+    return pipe.unet.new_scheduler(classes[name].__name__, pipe.vae.latent_bound())
 
 
 class Seconds(TypedDict):

@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
+from volumes.formats.raw import SPACINGS
+
 SHOWN = 120  # characters of a value in a message
 
 
@@ -48,6 +50,20 @@ def grid_shape(shape: Any) -> tuple[int, int, int]:
         x, y, z = (whole_number("shape", side) for side in listed("shape", shape))
     except ValueError as error:
         raise ValueError(f"shape is three positive numbers of voxels (X, Y, Z), got {_shown(shape)}") from error
+    return x, y, z
+
+
+def grid_spacing(spacing: Any) -> tuple[float, float, float]:
+    """Convert `spacing` to (x, y, z) floats. Raises: ValueError."""
+    low, high = SPACINGS
+    try:
+        x, y, z = (real_number("spacing", side) for side in listed("spacing", spacing))
+        if not all(low <= side <= high for side in (x, y, z)):
+            raise ValueError("out of range")
+    except ValueError as error:
+        raise ValueError(
+            f"spacing is three lengths of a voxel (x, y, z), {low:g} to {high:g} mm each, got {_shown(spacing)}"
+        ) from error
     return x, y, z
 
 

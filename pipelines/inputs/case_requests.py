@@ -65,14 +65,14 @@ def check_label_names(data: DataConfig, pipe: VolumePipeline, label_map: LabelMa
 
 
 def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline) -> VolumeRequest:
-    schema, unet = pipe.unet.condition_schema, pipe.unet.config
+    schema = pipe.unet.condition_schema
     if case.phantom is not None:
         raise ValueError(f"{case.name}: is a phantom, which has no files to generate from; use --masks or --conditions")
-    if unet["num_labels"] and case.mask is None and not (unet["condition_dropout"] or {}).get("mask"):
+    if schema.mask and case.mask is None and not schema.dropout.get("mask"):
         raise ValueError(f"{case.name}: has no mask in a file to generate from; set data.masks in the config")
     cells = {name: case.metadata[name] for name in case.metadata if case.metadata[name] not in ("", None)}
     return VolumeRequest(
-        _mask(case, case.mask, data) if unet["num_labels"] and case.mask is not None else None,
+        _mask(case, case.mask, data) if schema.mask and case.mask is not None else None,
         classes={name: cells[name] for name in schema.classes if name in cells},
         numbers={name: cells[name] for name in schema.numbers if name in cells},
         images={name: _image(case, name, data) for name, _ in schema.images},

@@ -12,7 +12,7 @@ import torch
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.losses.reconstruction import cells_inside
-from diffusion import Conditions, LatentUNet3D, fold_images, fold_mask
+from diffusion import Conditions, LatentDenoiser, fold_images, fold_mask
 from pipelines.storage.record import WithoutRecord
 from pipelines.volume_processor import VolumeProcessor
 from volumes import PADDING, Volume, grid_numbers
@@ -28,15 +28,18 @@ LATENT_PLANES = 16  # of the latent grid, whose mask is folded and embedded at o
 FAR = 0.1  # of the training range, beyond which a number is worth a warning
 
 
-def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
+def check_described(vae: VolumeAutoencoder, unet: LatentDenoiser, data: DataDescription) -> None:
     """Raise ValueError if `data` describes other classes, numbers or channels than the U-Net knows, or if the
     autoencoder cannot encode the images that condition the U-Net.
     """
-    for kind in ("classes", "numbers"):
-        known, described = unet.config[kind] or {}, getattr(data, kind)
-        if set(known) != set(described) or (kind == "classes" and known != described):
-            raise ValueError(f"the U-Net knows the {kind} {known or 'none'}, data describes {described or 'none'}")
-    for name, channels in (unet.config["images"] or {}).items():
+    schema = unet.condition_schema
+    classes = {name: list(values) for name, values in schema.values.items()}
+    if classes != data.classes:
+        raise ValueError(f"the U-Net knows the classes {classes or 'none'}, data describes {data.classes or 'none'}")
+    if set(schema.numbers) != set(data.numbers):
+        numbers = list(schema.numbers)
+        raise ValueError(f"the U-Net knows the numbers {numbers or 'none'}, data describes {data.numbers or 'none'}")
+    for name, channels in schema.images:
         if name not in data.channels:
             raise ValueError(
                 f"the U-Net has the image condition {name!r}, data describes the channels {list(data.channels)}"
@@ -49,7 +52,7 @@ def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescri
 
 
 def check_conditions(
-    unet: LatentUNet3D, data: DataDescription, classes: Classes, numbers: Numbers, grid: Volume
+    unet: LatentDenoiser, data: DataDescription, classes: Classes, numbers: Numbers, grid: Volume
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Check classes and numbers of one volume, and return them as its sidecar records them. Numbers that describe the
     grid, if the model learned any (spacing_x, size_z, ...), default to those of `grid`.
@@ -57,8 +60,9 @@ def check_conditions(
     Raises: ValueError for names and values that the model does not know, for numbers that are not finite, and for a
     condition that is missing though training never dropped it. Warns: of numbers far outside the training range.
     """
-    known_classes: dict[str, list[str]] = unet.config["classes"] or {}
-    ranges: dict[str, NumberStats] = data.numbers if unet.config["numbers"] else {}
+    schema = unet.condition_schema
+    known_classes: Mapping[str, Sequence[str]] = schema.values
+    ranges: dict[str, NumberStats] = data.numbers if schema.numbers else {}
     numbers = {name: grid_numbers(grid)[name] for name in data.grid_numbers} | dict(numbers)
     knows = f"this model knows {_listing(known_classes, ranges)}"
     for kind, requested, known in (("classes", classes, known_classes), ("numbers", numbers, ranges)):
@@ -73,26 +77,27 @@ def check_conditions(
         low, high = ranges[name].low, ranges[name].high
         if not low - FAR * (high - low) <= value <= high + FAR * (high - low):
             warnings.warn(f"numbers: {name} is {value:g}, the model was trained on {low:g} to {high:g}", stacklevel=2)
-    rates = unet.config["condition_dropout"] or {}
+    rates = schema.dropout
     needed = [name for name in [*known_classes, *ranges] if name not in {**chosen, **values} and not rates.get(name)]
     if needed:
         raise ValueError(f"{', '.join(needed)} must be given, as training never dropped it; {knows}")
     return chosen, values
 
 
-def check_grid_source(unet: LatentUNet3D, request: VolumeRequest) -> None:
+def check_grid_source(unet: LatentDenoiser, request: VolumeRequest) -> None:
     """Raise ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model
     takes."""
     has_mask, has_shape = request.mask is not None, request.shape is not None
     has_images = bool(request.images) or request.edit is not None
     sources = has_mask + has_shape + (has_images and not has_mask)
-    if unet.config["num_labels"] == 0:
+    schema = unet.condition_schema
+    if not schema.mask:
         if has_mask or sources != 1:
             raise ValueError(
                 "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, "
                 "and no mask"
             )
-    elif not (unet.config["condition_dropout"] or {}).get("mask"):
+    elif not schema.dropout.get("mask"):
         if not has_mask or has_shape:
             raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
     elif sources != 1:
@@ -100,7 +105,7 @@ def check_grid_source(unet: LatentUNet3D, request: VolumeRequest) -> None:
 
 
 def condition_tensors(
-    unet: LatentUNet3D,
+    unet: LatentDenoiser,
     volumes: Sequence[PreparedVolume],
     device: torch.device,
     images: Sequence[torch.Tensor | None] = (),
@@ -111,13 +116,12 @@ def condition_tensors(
     Args:
         images: of each volume its `image_condition`; None for a model without images.
     """
-    schema, classes = unet.condition_schema, unet.config["classes"]
-    tensors = {}
+    schema, tensors = unet.condition_schema, {}
     if known := [image for image in images if image is not None]:
         tensors["image"] = torch.cat(known)
     if schema.classes:
         indices = [
-            [classes[n].index(volume.classes[n]) if n in volume.classes else -1 for n in schema.classes]
+            [schema.values[n].index(volume.classes[n]) if n in volume.classes else -1 for n in schema.classes]
             for volume in volumes
         ]
         tensors["classes"] = torch.tensor(indices, device=device)
@@ -135,7 +139,7 @@ def has_labels(mask: np.ndarray | None, labels: Iterable[int]) -> bool:
     return mask is not None and bool(np.isin(mask, list(labels)).any())
 
 
-def replaced_by(unet: LatentUNet3D, labels: Mapping[int, str], without: WithoutRecord | None) -> dict[int, int]:
+def replaced_by(unet: LatentDenoiser, labels: Mapping[int, str], without: WithoutRecord | None) -> dict[int, int]:
     """Return the label indices that `guidance_without` replaces, and by what; none for None.
 
     Raises: ValueError for what the model does not know.
@@ -144,7 +148,7 @@ def replaced_by(unet: LatentUNet3D, labels: Mapping[int, str], without: WithoutR
 
 
 def contrasts(
-    unet: LatentUNet3D,
+    unet: LatentDenoiser,
     labels: Mapping[int, str],
     without: WithoutRecord | None,
     volumes: Sequence[PreparedVolume],
@@ -166,7 +170,7 @@ def contrasts(
     return [(without["scale"], replace(conditions, mask=_embedded(unet, others, device)))]
 
 
-def _embedded(unet: LatentUNet3D, masks: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+def _embedded(unet: LatentDenoiser, masks: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
     """Return label indices (X, Y, Z) as the masks of a batch, (B, mask_width, h, w, d)."""
     planes, embedded = LATENT_PLANES * unet.mask_stride[2], []
     labels, partial = unet.config["num_labels"], unet.takes_partial_masks
@@ -178,7 +182,7 @@ def _embedded(unet: LatentUNet3D, masks: Sequence[np.ndarray], device: torch.dev
 
 def image_condition(
     vae: VolumeAutoencoder,
-    unet: LatentUNet3D,
+    unet: LatentDenoiser,
     processor: VolumeProcessor,
     prepared: PreparedGrid,
     device: torch.device,
@@ -195,7 +199,7 @@ def image_condition(
     if prepared.resampled:  # as in training: an image is given where there is a field of view
         seen = torch.from_numpy(prepared.placement.apply(prepared.grid.array[0] != PADDING, False))
         inside = cells_inside(seen[None, None].to(device), sides)
-    return fold_images(latents, unet.config["images"], sides, inside).to(device, unet.dtype)
+    return fold_images(latents, dict(unet.condition_schema.images), sides, inside).to(device, unet.dtype)
 
 
 def _finite(name: str, value: Any) -> float:

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from diffusion import LatentUNet3D
+from diffusion import LatentDenoiser
 from pipelines.storage.record import SourceRecord
 from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
 from volumes.data.alignment import check_share, onto_grid, shown
@@ -38,11 +38,12 @@ class GivenImage:
     scale: LinearScale
 
 
-def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> None:
+def check_images(unet: LatentDenoiser, data: DataDescription, images: Images) -> None:
     """Raise ValueError for channels that are unknown or are not condition channels, for a missing one that training
     never dropped, and if no channel is left to generate.
     """
-    known = sorted(unet.config["images"] or {})
+    schema = unet.condition_schema
+    known = [name for name, _ in schema.images]
     if images and not known:
         raise ValueError(
             f"image names {_listing(images)}, but this model was not trained with image conditions; leave image out, "
@@ -57,8 +58,7 @@ def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> N
         )
     if images and set(data.channels) <= set(images):
         raise ValueError(f"image gives all channels ({_listing(images)}), so nothing is left to generate; omit one")
-    rates = unet.config["condition_dropout"] or {}
-    if needed := [name for name in known if name not in images and not rates.get(name)]:
+    if needed := [name for name in known if name not in images and not schema.dropout.get(name)]:
         raise ValueError(f"image must give {_listing(needed)}, as training never dropped it; {knows}")
 
 

@@ -15,7 +15,7 @@ import torch
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
-from diffusion import LatentUNet3D
+from diffusion import LatentDenoiser
 from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
 from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, volume_parts
@@ -238,7 +238,9 @@ def source_name(mask: MaskLike) -> str:
     return str((carries_geometry(mask) and source_file(mask)) or "the mask")
 
 
-def replaced_labels(unet: LatentUNet3D, labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
+def replaced_labels(
+    unet: LatentDenoiser, labels: Mapping[int, str], replaced: Mapping[str, str | int]
+) -> dict[int, int]:
     """Translate `guidance_without` to label indices as `replacement_indices` does, for a model.
 
     Args:
@@ -246,7 +248,7 @@ def replaced_labels(unet: LatentUNet3D, labels: Mapping[int, str], replaced: Map
     Raises: ValueError for a model without masks, for the unknown label if the model takes whole masks only, and as
     `replacement_indices`.
     """
-    if replaced and not unet.config["num_labels"]:
+    if replaced and not unet.condition_schema.mask:
         raise ValueError("guidance_without: this model was trained without a mask condition; leave it out")
     indices = replacement_indices(labels, replaced)
     if UNKNOWN in indices.values() and not unet.takes_partial_masks:

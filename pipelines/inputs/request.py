@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from volumes import ForegroundCrop
 
-from .arguments import grid_shape, translation
+from .arguments import grid_shape, grid_spacing, translation
 from .images import ImageLike, Images
 from .inpainting import EditRequest
 from .masks import LabelMap, MaskLike, as_list, identity
@@ -23,6 +23,7 @@ class VolumeRequest:
     Attributes:
         mask: label map; its grid is the volume's.
         shape: voxels (X, Y, Z), where neither a mask nor an image sets the grid.
+        spacing: mm between them; None for that of the model's template.
         classes, numbers: conditions of the whole volume.
         images: {channel: image} of the channels that condition the others.
         label_map: label values of the mask that are read as others.
@@ -30,7 +31,7 @@ class VolumeRequest:
         box_image: image on the mask's grid whose foreground sets the box of `data.crop`, where no other image does. It
             conditions nothing.
         name: name of the volume's files, for `batch_generation`.
-    Raises: ValueError for a shape or a label map that cannot be used.
+    Raises: ValueError for a shape, a spacing or a label map that cannot be used.
     """
 
     mask: MaskLike | None = None
@@ -42,10 +43,15 @@ class VolumeRequest:
     edit: EditRequest | None = None
     box_image: ImageLike | None = None
     name: str = "volume"
+    spacing: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", None if self.shape is None else grid_shape(self.shape))
         object.__setattr__(self, "label_map", translation(self.label_map))
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", grid_spacing(self.spacing))
+            if self.shape is None:
+                raise ValueError("spacing: is of a shape; masks and images have their own. Give shape, or omit spacing")
 
     @property
     def files(self) -> list[object]:
@@ -61,7 +67,8 @@ class VolumeRequest:
         images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
         edit = None if self.edit is None else self.edit.identity
         label_map = tuple((self.label_map or {}).items())
-        return identity(self.mask), self.shape, tuple(images), label_map, edit, identity(self.box_image)
+        grid = self.shape, self.spacing
+        return identity(self.mask), grid, tuple(images), label_map, edit, identity(self.box_image)
 
     def image_of_box(self, crop: ForegroundCrop | None) -> ImageLike | None:
         """The image whose foreground sets the box of a model's `data.crop`; None if there is none."""
@@ -79,6 +86,7 @@ def call_requests(
     images: Images | Sequence[Images] | None,
     label_map: LabelMap | None,
     box_image: ImageLike | Sequence[ImageLike] | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> list[VolumeRequest]:
     """Build one request per mask; without masks one per dict of a list, or a single one.
 
@@ -111,6 +119,7 @@ def call_requests(
             _of_volume(images, number),
             label_map,
             box_image=of_boxes[number] if of_boxes else None,
+            spacing=spacing,
         )
         for number in range(count)
     ]

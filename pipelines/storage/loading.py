@@ -12,8 +12,9 @@ from diffusers.pipelines import pipeline_loading_utils
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
+import diffusion
 from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D, VolumeAutoencoder
-from diffusion import LatentUNet3D
+from diffusion import LatentDenoiser
 from diffusion.guidance import autoguidance_in_effect
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
@@ -30,9 +31,9 @@ PACKAGES = ("autoencoder", "diffusion")
 # Components: the package, and the class that theirs is one of.
 COMPONENTS: dict[str, tuple[str, type]] = {
     "vae": ("autoencoder", VolumeAutoencoder),
-    "unet": ("diffusion", LatentUNet3D),
+    "unet": ("diffusion", LatentDenoiser),
     "scheduler": ("diffusers", SchedulerMixin),
-    "unet_weak": ("diffusion", LatentUNet3D),
+    "unet_weak": ("diffusion", LatentDenoiser),
 }
 OPTIONAL = ("unet_weak",)  # components that a pipeline may do without
 SCHEDULERS = tuple(dict.fromkeys([*FLOW_SCHEDULERS, *DIFFUSION_SCHEDULERS]))  # others are refused before one is built
@@ -198,12 +199,12 @@ SAME_IN_WEAK = (  # entries of a U-Net's config
 )
 
 
-def check_weak(unet: LatentUNet3D, weak: LatentUNet3D) -> None:
+def check_weak(unet: LatentDenoiser, weak: LatentDenoiser) -> None:
     """Raise ValueError if a weaker U-Net cannot guide the pipeline's: both must predict the same objective, from the
     same latents, under the same conditions, in the same type. Sizes may differ.
     """
     for name in SAME_IN_WEAK:
-        ours, theirs = (getattr(one, "_orig_mod", one).config[name] for one in (unet, weak))
+        ours, theirs = (getattr(one, "_orig_mod", one).config.get(name) for one in (unet, weak))
         if ours != theirs:
             raise ValueError(
                 f"unet_weak has {name} {theirs!r:.80}, the pipeline's U-Net {ours!r:.80}; take one that was trained on "
@@ -222,7 +223,7 @@ def check_weak(unet: LatentUNet3D, weak: LatentUNet3D) -> None:
         )
 
 
-def check_autoguidance(scale: float | None, weak: LatentUNet3D | None) -> None:
+def check_autoguidance(scale: float | None, weak: LatentDenoiser | None) -> None:
     """Raise ValueError for autoguidance without a weaker U-Net."""
     if weak is None and autoguidance_in_effect(scale) != 1:
         raise ValueError(
@@ -231,7 +232,7 @@ def check_autoguidance(scale: float | None, weak: LatentUNet3D | None) -> None:
         )
 
 
-def load_unet(folder: str | Path) -> LatentUNet3D:
+def load_unet(folder: str | Path) -> LatentDenoiser:
     """Load the U-Net in `folder`, or in its subfolder unet/ (a pipeline), for inference.
 
     Raises: FileError if there is none; ValueError if its weights do not fit.
@@ -242,17 +243,23 @@ def load_unet(folder: str | Path) -> LatentUNet3D:
         raise FileError(f"{folder}: no U-Net there (config.json, or unet/config.json); give a pipeline's folder")
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
     name = read_object(found / "config.json").get("_class_name")
-    if name != LatentUNet3D.__name__:
-        raise ValueError(f"{found}: config.json is of {name}, which is not a {LatentUNet3D.__name__}")
-    return LatentUNet3D.from_pretrained(found).eval().requires_grad_(False)
+    unet_class = getattr(diffusion, str(name), None)
+    if not (isinstance(unet_class, type) and issubclass(unet_class, LatentDenoiser)):
+        raise ValueError(f"{found}: config.json is of {name}, which is not a U-Net")
+    return unet_class.from_pretrained(found).eval().requires_grad_(False)
 
 
-def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
+def check_fit(vae: VolumeAutoencoder, unet: LatentDenoiser, data: DataDescription) -> None:
     """Raise ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives "
             f"{vae.config['latent_channels']}"
+        )
+    if unet.config["objective"] is None:
+        raise ValueError(
+            "the U-Net's config does not say what it predicts: convert it with an objective (epsilon, v_prediction or "
+            "rectified_flow) in the file of --network"
         )
     if vae.config["latents_std"] is None:
         raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
@@ -264,7 +271,7 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription)
     remedy = "Give the pipeline the autoencoder that its U-Net was trained with, and the `data` of that training"
     refuse_differences(vae.config["data"], described_preprocessing(data), "the autoencoder", remedy)
     check_described(vae, unet, data)
-    if unet.config["num_labels"] == 0:
+    if not unet.condition_schema.mask:
         return
     if unet.config["num_labels"] != len(data.labels):
         raise ValueError(

@@ -25,6 +25,7 @@ LEFT_OUT = (
     "callback",
     "rejected",
     "license",
+    "spacing",
 )  # where they are None
 TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "software": str,
@@ -95,6 +96,7 @@ class GenerationRecord:
         box: the part of the grid that was generated, see `volumes.foreground.box_to_json`; None for all of it.
         box_image: the file (or array) that sets the box, where it conditions nothing.
         shape: voxels, where no file sets the grid.
+        spacing: mm between them, where it was given.
         channels: those that have a file each; None where one file holds all.
         residual_noise: whether it is added; None for a model without it.
         callback: what a callback changed, see `call.StepCallback`: such a volume cannot be generated again from its
@@ -119,6 +121,7 @@ class GenerationRecord:
     dtype: str = ""
     mask: SourceRecord | None = None
     shape: Sequence[int] | None = None
+    spacing: Sequence[float] | None = None
     label_map: Mapping[str, int | str] | None = None
     classes: Mapping[str, str] | None = None
     numbers: Mapping[str, float] | None = None

@@ -25,21 +25,25 @@ class SamplingSettings:
 
     Args:
         num_inference_steps: denoising steps, with the scheduler of the pipeline's folder.
-        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 means none.
+        guidance_scale: of classifier-free guidance, for all conditions, or one per condition, such as
+            {"modality": 10.0}; 0 to 1 means none.
         guidance_interval: noise levels (lo, hi] in which guidance acts, see `diffusion.guidance.interval_in_effect`.
         autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 means none.
         guidance_without: {label: label in its place}, by name or value: volumes are guided away from their mask without
             these labels.
         without_scale: of that guidance; 1 means none.
+        maisi_steps: whether Euler takes the steps of MAISI's own sampler, which are too long by about 1 %, so that
+            volumes equal MAISI's; false takes the exact ones (`diffusion.maisi_steps`).
     Raises: ValueError naming the setting.
     """
 
     num_inference_steps: Annotated[int, Range(1, MAX_STEPS)] | None = None
-    guidance_scale: NonNegativeFloat | None = None
+    guidance_scale: NonNegativeFloat | dict[str, NonNegativeFloat] | None = None
     guidance_interval: tuple[Share, Share] | None = None
     autoguidance_scale: NonNegativeFloat | None = None
     guidance_without: dict[str, str | int] | None = None
     without_scale: NonNegativeFloat | None = None
+    maisi_steps: bool | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_interval is not None:
@@ -47,7 +51,7 @@ class SamplingSettings:
             low, high = self.guidance_interval
             object.__setattr__(self, "guidance_interval", (float(low), float(high)))
 
-    def to_json(self) -> dict[str, int | float | list[float] | dict[str, str | int]]:
+    def to_json(self) -> dict[str, object]:
         """The content of the file: what is set."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -26,9 +26,10 @@ from autoencoder.weights import (
     loading_keywords,
     not_on_the_hub,
 )
-from diffusion import check_guidance, fit_scheduler
+from diffusion import check_guidance
 from diffusion.denoise import set_timesteps
 from diffusion.distillation import check_guidance_of_student
+from diffusion.maisi_steps import with_maisi_steps
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.inputs.masks import replaced_labels
@@ -84,7 +85,7 @@ class PipelineIOMixin(DiffusionPipeline):
             raise ValueError(f"{folder}: {error}") from error
         if kwargs.get("scheduler") is None:
             try:
-                fit_scheduler(pipe.scheduler, pipe.unet.config["objective"], pipe.unet.train_steps)
+                pipe.unet.fitted(pipe.scheduler)
             except ValueError as error:
                 raise ValueError(f"{folder / 'scheduler'}: {error}; or load it with scheduler=...") from error
         pipe.sampling_settings = settings
@@ -142,7 +143,7 @@ class PipelineIOMixin(DiffusionPipeline):
         for name in PARTS:
             refuse_link(folder / name)
         own = self.scheduler
-        self.scheduler = fit_scheduler(own, self.unet.config["objective"], self.unet.train_steps)
+        self.scheduler = self.unet.fitted(own)
         try:
             for part in (self, self.scheduler):  # the models do it themselves
                 part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
@@ -176,15 +177,15 @@ class PipelineIOMixin(DiffusionPipeline):
         """Raises: ValueError for settings of its own by which the model cannot sample: a guidance scale of conditions
         that training never dropped, and steps that the scheduler does not have."""
         settings, schema = self.sampling_settings, self.unet.condition_schema
-        mask = ["mask"] if self.unet.config["num_labels"] else []
-        names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
-        check_guidance(settings.guidance_scale, schema.dropout, names)
+        check_guidance(settings.guidance_scale, schema.dropout, schema.names)
         check_autoguidance(settings.autoguidance_scale, self.unet_weak)
         own = settings.guidance_scale, settings.autoguidance_scale, settings.guidance_without
         check_guidance_of_student(self.unet, *own)
         replaced_labels(self.unet, self.data.labels, settings.guidance_without or {})
+        if settings.maisi_steps and with_steps:
+            with_maisi_steps(self.unet.fitted(self.scheduler))
         if with_steps and settings.num_inference_steps is not None:
-            scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+            scheduler = self.unet.fitted(self.scheduler)
             set_timesteps(scheduler, settings.num_inference_steps, None, torch.device("cpu"))
 
     def load_unet_weak(self, folder: str | PathLike) -> None:

@@ -43,8 +43,8 @@ def narrow(monkeypatch: Any, name: str) -> None:
     kind = formats.FORMATS[name]
     vae, unet = kind.parts
     parts = [
-        formats.Part(vae.peers, NARROW_VAE, vae.files),
-        formats.Part(unet.peers, {**(unet.arguments or {}), **NARROW_UNET}, unet.files, unet.dropped),
+        replace(vae, arguments=NARROW_VAE),
+        replace(unet, arguments={**(unet.arguments or {}), **NARROW_UNET}),
     ]
     monkeypatch.setitem(formats.FORMATS, name, replace(kind, parts=parts))
 

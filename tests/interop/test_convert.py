@@ -26,7 +26,6 @@ from pipelines.storage.loading import load_autoencoder
 
 MAISI = [name for name in FORMATS if name.startswith("maisi")]
 TOLERANCE = 1e-5  # of the range
-CONDITIONS = {"spacing": ((1, 3), 100.0), "top_region": ((1, 4), 100.0), "bottom_region": ((1, 4), 100.0)}
 
 
 def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -72,15 +71,18 @@ def test_maisi_computes_what_it_computed(name, tmp_path, monkeypatch):
     assert_same_coding(ours, vae, 1.25, low=0.0)
 
     denoiser = MonaiUNet3D.from_pretrained(tmp_path / "out/unet").eval()
-    names = ["spacing"] + (["top_region", "bottom_region"] if name == "maisi-ddpm-ct" else [])
-    given = {key: torch.rand(CONDITIONS[key][0]) * CONDITIONS[key][1] for key in names}
-    labels = None if name == "maisi-ddpm-ct" else torch.tensor([9])
-    latents, timestep = torch.randn(1, 4, 8, 16, 8), torch.tensor([437.0])
-    theirs = {"spacing": "spacing_tensor", "top_region": "top_region_index_tensor"}
-    theirs["bottom_region"] = "bottom_region_index_tensor"
+    latents, timestep, numbers = torch.randn(1, 4, 8, 16, 8), torch.tensor([437.0]), torch.tensor([[0.7, 1.25, 3.0]])
+    given, sign = {"spacing_tensor": numbers * 100}, 1.0
+    if name == "maisi-ddpm-ct":
+        classes = torch.tensor([[2, 1]])  # from chest to abdomen; bottom_region comes first
+        given["top_region_index_tensor"] = torch.tensor([[0.0, 100.0, 0.0, 0.0]])
+        given["bottom_region_index_tensor"] = torch.tensor([[0.0, 0.0, 100.0, 0.0]])
+    else:
+        classes, sign = torch.tensor([[1]]), -1.0  # mri_t1; MONAI's flows lead from noise to image
+        given["class_labels"] = torch.tensor([9])
     with torch.no_grad():
-        expected = unet(latents, timestep, class_labels=labels, **{theirs[key]: value for key, value in given.items()})
-        assert_equal(denoiser(latents, timestep, class_labels=labels, **given).sample, expected)
+        ours = denoiser(latents, timestep, classes=classes, numbers=numbers).sample
+        assert_equal(ours, sign * unet(latents, timestep, **given))
 
 
 @pytest.mark.parametrize("kind", ["nearest", "attention", "transposed"])
@@ -109,10 +111,12 @@ def test_unets_of_users(kind, tmp_path):
     convert("monai-diffusion-unet", tmp_path / "unet.safetensors", tmp_path / "out", network=tmp_path / "network.json")
     ours = MonaiUNet3D.from_pretrained(tmp_path / "out/unet").eval()
     given = {"context": torch.randn(2, 1, 4)} if kind == "context" else {}
-    given |= {"class_labels": torch.tensor([0, 5])} if kind == "updown" else {}
+    ours_given, theirs_given = dict(given), dict(given)
+    if kind == "updown":
+        ours_given["classes"], theirs_given["class_labels"] = torch.tensor([[0], [5]]), torch.tensor([0, 5])
     latents, timesteps = torch.randn(2, 5, 4, 6, 8), torch.tensor([3, 990])
     with torch.no_grad():
-        assert_equal(ours(latents, timesteps, **given).sample, theirs(latents, timesteps, **given))
+        assert_equal(ours(latents, timesteps, **ours_given).sample, theirs(latents, timesteps, **theirs_given))
 
 
 def old_name(key: str) -> str:
@@ -168,7 +172,7 @@ def test_a_scale_factor_that_is_an_image_of_monai_is_read(tmp_path, monkeypatch)
     vae = load_autoencoder(tmp_path / "out")
     assert vae.config["latents_std"] == pytest.approx([image.std().item()] * 4)
     texts = [path.read_text() for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".json", ".md")]
-    assert len(texts) == 4 and "patient" not in "".join(texts)
+    assert len(texts) == 7 and "patient" not in "".join(texts)
 
 
 def test_a_layer_that_ddpm_never_used_is_left_out(tmp_path, monkeypatch):
@@ -213,17 +217,42 @@ def test_our_unet_on_their_autoencoder_is_a_pipeline(tmp_path, monkeypatch):
 
 def test_conditions_are_checked():
     unet = MonaiUNet3D(**peers_unet())
-    latents = torch.randn(1, 4, 4, 4, 4)
+    latents, spacing = torch.randn(1, 4, 4, 4, 4), torch.ones(1, 3)
     for given, message in (
-        ({}, "conditioned on spacing"),
-        ({"spacing": torch.zeros(1, 2)}, "spacing has 2 columns; this model takes 3"),
-        ({"spacing": torch.zeros(1, 3), "context": torch.zeros(1, 1, 4)}, "without context"),
-        ({"spacing": torch.zeros(1, 3), "class_labels": torch.zeros(1)}, "without class_labels"),
+        ({}, r"conditioned on 3 numbers \(spacing_x, spacing_y, spacing_z\): pass numbers .*got none"),
+        ({"numbers": torch.zeros(1, 2)}, r"got a tensor \(1, 2\)"),
+        ({"numbers": spacing, "context": torch.zeros(1, 1, 4)}, "without context"),
+        ({"numbers": spacing, "classes": torch.zeros(1, 1)}, "without classes"),
     ):
         with pytest.raises(ValueError, match=message):
             unet(latents, 1.0, **given)
-    with pytest.raises(ValueError, match="multiple of 2"):
-        unet(latents[..., :3], 1.0, spacing=torch.zeros(1, 3))
+
+
+def test_sides_that_cannot_be_halved_are_padded():
+    unet = peers.random_weights(MonaiUNet3D(**peers_unet()))
+    latents, spacing = torch.randn(1, 4, 4, 3, 4), torch.ones(1, 3)
+    with torch.no_grad():
+        padded = unet(torch.nn.functional.pad(latents, (0, 0, 0, 1)), 1.0, numbers=spacing).sample
+        assert torch.equal(unet(latents, 1.0, numbers=spacing).sample, padded[:, :, :, :3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_class_embeds": 4}, "needs 1 class"),
+        ({"classes": {"sex": ["F"]}, "class_labels": [0]}, "needs 0 class"),
+        ({"num_class_embeds": 4, "classes": {"sex": ["F", "M"]}, "class_labels": [1]}, "one class label for each"),
+        ({"num_class_embeds": 4, "classes": {"sex": ["F"]}, "class_labels": [4]}, "below num_class_embeds 4"),
+        ({"condition_dropout": {"sex": 0.1}}, "condition_dropout names"),
+        ({"objective": "flow"}, "unknown objective"),
+        ({"objective": "flow_map"}, "students are LatentUNet3D"),
+        ({"objective": "epsilon", "shift_voxels": 64}, "omit it, or set objective"),
+        ({"beta_schedule": "linear"}, "give all three"),
+    ],
+)
+def test_configs_that_contradict_themselves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MonaiUNet3D(**peers_unet(), **changes)
 
 
 def peers_unet():

@@ -165,12 +165,12 @@ def test_a_unet_of_another_kind_is_refused(tmp_path, changes, said):
         pipe.load_unet_weak(tmp_path / "other")
     with pytest.raises(ValueError, match=said):
         MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.data, other)
-    with pytest.raises(ValueError, match="unet_weak is Linear; a LatentUNet3D is needed"):
+    with pytest.raises(ValueError, match="unet_weak is Linear; a LatentDenoiser is needed"):
         MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.data, torch.nn.Linear(1, 1))
     with pytest.raises(FileError, match="no U-Net there"):
         pipe.load_unet_weak(tmp_path)
     pipe.vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="config.json is of AutoencoderKL3D, which is not a LatentUNet3D"):
+    with pytest.raises(ValueError, match="config.json is of AutoencoderKL3D, which is not a U-Net"):
         pipe.load_unet_weak(tmp_path / "vae")
 
 

@@ -165,7 +165,7 @@ def planted(folder, tmp_path, monkeypatch) -> Path:
         ({"unet": ["os", "system"]}, "only classes of diffusion are loaded"),
         ({"scheduler": ["subprocess", "Popen"]}, "only classes of diffusers are loaded"),
         ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "which is not a SchedulerMixin"),
-        ({"unet": ["diffusion", "denoise"]}, "which is not a LatentUNet3D"),
+        ({"unet": ["diffusion", "denoise"]}, "which is not a LatentDenoiser"),
         ({"unet": ["diffusion", "nothing"]}, "which diffusion does not have"),
         ({"unet": [None, None]}, "takes unet from"),
         ({"vae": "autoencoder"}, "takes vae from"),

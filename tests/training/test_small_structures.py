@@ -47,7 +47,7 @@ def test_a_name_of_several_labels_is_refused():
     assert weights_by_index({1: 5, 2: 10}, labels) == {1: 5.0, 2: 10.0}
     with pytest.raises(ValueError, match=said):
         weights_by_index({"tumor": 5}, labels)
-    network = SimpleNamespace(config={"num_labels": 3})
+    network = SimpleNamespace(num_labels=3)
     for weights in ({1: 5, 2: 10}, {2: 10}):
         config = SimpleNamespace(loss_weights=weights, data=SimpleNamespace(channels=["MR"]))
         with pytest.raises(ValueError, match=said):

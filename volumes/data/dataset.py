@@ -7,7 +7,7 @@ of the sorted label values; `PADDING` (-1) outside the field of view.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -249,12 +249,14 @@ def field_of_view(item: Sample, placement: Placement) -> torch.Tensor:
     return torch.from_numpy(placement.field_of_view)[None]
 
 
-def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
+def describe(dataset: VolumeDataset, description: str = "", constant: Collection[str] = ()) -> DataDescription:
     """Measure the description of the training data that a pipeline needs.
 
     Intensity scales are medians over the volumes, numbers are measured over the volumes that have them, and the affine
     is that of the volume of median size.
 
+    Args:
+        constant: numbers that may be the same for all volumes, see `describe_numbers`.
     Raises: ValueError naming an entry that cannot be stored.
     """
     config, shapes = dataset.config, np.array(dataset.shapes)
@@ -268,7 +270,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         shape_range=(shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()),
         affine=dataset.facts[median_case].affine.tolist(),
         classes=dict(sorted(config.class_names.items())),
-        numbers=describe_numbers(config.numbers, [facts.numbers for facts in dataset.facts]),
+        numbers=describe_numbers(config.numbers, [facts.numbers for facts in dataset.facts], constant),
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
         resample_to=config.resample_to,

@@ -7,7 +7,7 @@ column: they are those of the volume's own grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -62,14 +62,22 @@ def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float
     return values
 
 
-def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, NumberStats]:
+def describe_numbers(
+    names: Sequence[str], values: Sequence[Sequence[float]], constant: Collection[str] = ()
+) -> dict[str, NumberStats]:
     """Compute statistics of each number over the volumes that have it, from one row of `values` per volume.
 
+    Args:
+        constant: numbers that may be the same for all volumes, for a model that learned them elsewhere; their standard
+            deviation is then given as 1.
     Raises: ValueError for a number that no volume has, or that is the same for all.
     """
     described = {}
     for name, column in zip(sorted(names), np.array(values, dtype=np.float64).T, strict=True):
         known = column[~np.isnan(column)]
+        if len(known) and name in constant and np.ptp(known) <= ROUNDING * abs(known).max():
+            described[name] = NumberStats(float(known[0]), 1.0, float(known.min()), float(known.max()))
+            continue
         if not len(known) or np.ptp(known) <= ROUNDING * abs(known).max():
             found = f"is {known[0]:g} for all" if len(known) else "is empty for all"
             raise ValueError(f"data: the number {name!r} {found} training volumes; remove it from data.numbers")
