@@ -12,6 +12,7 @@ from .answers import Reading
 from .design import REAL
 from .detection import auc, d_prime, d_prime_of_choice, equivalence_p, rate, roc
 from .kit import StudyKey
+from .plan import FEWEST
 from .questions import LETTERS, SCALES
 from .readers_and_cases import (
     accuracy_covariance,
@@ -24,7 +25,6 @@ from .readers_and_cases import (
 )
 from .voxels import sources_of
 
-FEWEST = 2  # volumes of each kind, for a ROC curve and covariances
 Table = dict[str, object]
 
 
@@ -34,7 +34,7 @@ def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: 
     Args:
         readings: of all readers.
         key: the study's key.
-        margin: accuracy within this of 0.5 counts as equivalent to chance.
+        margin: balanced accuracy within this of 0.5 counts as equivalent to chance.
         seed: of the bootstrap.
 
     Raises: ValueError if no reader has answered two real and two generated volumes.
@@ -80,20 +80,20 @@ def _of_reader(own: Sequence[Reading], margin: float) -> Table:
     called = np.array([_called_generated(reading) for reading in own])
     hits, alarms = int((called & generated).sum()), int((called & ~generated).sum())
     signals, noises = int(generated.sum()), int((~generated).sum())
-    right = int((called == generated).sum())
     sensitivity, criterion = d_prime(hits, signals, alarms, noises)
-    figure = mean_figure(*delong_covariance(scores[None], generated))
+    accuracy = mean_figure(*accuracy_covariance((called == generated)[None], generated))
+    area = mean_figure(*delong_covariance(scores[None], generated))
     false, true = roc(scores, generated)
     seconds = {kind: [one.seconds for one in own if one.generated == kind] for kind in (False, True)}
     return {
-        "accuracy": rate(right, len(own)),
+        "accuracy": accuracy,
         "generated_found": rate(hits, signals),
         "real_found": rate(noises - alarms, noises),
         "d_prime": sensitivity,
         "criterion": criterion,
         "auc": auc(scores, generated),
-        "auc_interval": figure["interval"],
-        "equivalence_p": equivalence_p(right, len(own), margin),
+        "auc_interval": area["interval"],
+        "equivalence_p": equivalence(accuracy, margin),
         "roc": [false, true],
         "median_seconds": {"real": float(np.median(seconds[False])), "generated": float(np.median(seconds[True]))},
     }
@@ -121,12 +121,12 @@ def _together(
         return None
     correct = _matrix(by_reader, common, lambda reading: reading.correct).astype(bool)
     scores = _matrix(by_reader, common, lambda reading: reading.score)
-    accuracy = mean_figure(*accuracy_covariance(correct))
+    accuracy = mean_figure(*accuracy_covariance(correct, generated))
     return {
         "readers": len(by_reader),
         "cases": len(common),
         "accuracy": accuracy,
-        "accuracy_bootstrap": bootstrap_mean(correct, random),
+        "accuracy_bootstrap": bootstrap_mean(correct, generated, random),
         "equivalence_p": equivalence(accuracy, margin),
         "difference_p": unlike_chance(accuracy),
         "auc": mean_figure(*delong_covariance(scores, generated)),

@@ -71,9 +71,9 @@ def p_value(value: float | None) -> str:
 
 
 def interval(ends: Sequence[float] | None, share: bool = False) -> str:
-    """Format an interval; nothing for None."""
+    """Format an interval, or say that there is none."""
     if ends is None:
-        return ""
+        return "no interval: nothing varies"
     form = percent if share else number
     return f"{form(ends[0])} to {form(ends[1])}"
 
