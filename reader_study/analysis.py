@@ -1,5 +1,6 @@
 """Everything that is computed from the answers of a study, as one JSON document."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -26,6 +27,7 @@ from .readers_and_cases import (
 from .voxels import sources_of
 
 Table = dict[str, object]
+logger = logging.getLogger(__name__)
 
 
 def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: int) -> Table:
@@ -37,21 +39,25 @@ def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: 
         margin: balanced accuracy within this of 0.5 counts as equivalent to chance.
         seed: of the bootstrap.
 
-    Raises: ValueError if no reader has answered two real and two generated volumes.
+    Readers who have answered fewer than two real or two generated volumes are left out, and listed under "left_out".
+
+    Raises: ValueError if there is no other reader.
     """
     random = np.random.default_rng(seed)
     first = [reading for reading in readings if reading.first]
     readers = [reader for reader in key.readers if any(reading.reader == reader for reading in first)]
     by_reader = {reader: [reading for reading in first if reading.reader == reader] for reader in readers}
-    for reader, own in by_reader.items():
-        counts = Counter(reading.generated for reading in own)
-        if min(counts[True], counts[False]) < FEWEST:
-            raise ValueError(f"{reader} answered {counts[False]} real and {counts[True]} generated volumes: too few")
-    if not readers:
-        raise ValueError("no reader has answered a volume of the study; the training cases do not count")
+    left_out = _pop_beginners(by_reader)
+    if not by_reader:
+        raise ValueError(
+            "no reader has answered two real and two generated volumes of the study; training cases do not count"
+            + "".join(f"\n{line}" for line in left_out)
+        )
+    readers = list(by_reader)
     common = sorted(set.intersection(*({reading.item.cases[0] for reading in own} for own in by_reader.values())))
     return {
         "margin": margin,
+        "left_out": left_out,
         "volumes": dict(Counter(key.cases[number].source for number in common)),
         "readers": {reader: _of_reader(own, margin) for reader, own in by_reader.items()},
         "together": _together(by_reader, common, key, margin, random),
@@ -68,6 +74,21 @@ def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: 
             if one.comment.strip()
         ],
     }
+
+
+def _pop_beginners(by_reader: dict[str, list[Reading]]) -> list[str]:
+    """Remove the readers who have only begun from `by_reader`. Returns: a line for each."""
+    lines = []
+    for reader, own in list(by_reader.items()):
+        counts = Counter(reading.generated for reading in own)
+        if min(counts[True], counts[False]) < FEWEST:
+            lines.append(
+                f"{own[0].file}: {reader} answered {counts[False]} real and {counts[True]} generated volumes, fewer than "
+                f"{FEWEST} of a kind, and is left out; ask for the finished answers"
+            )
+            logger.warning("%s", lines[-1])
+            del by_reader[reader]
+    return lines
 
 
 def _called_generated(reading: Reading) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from files.names import Disk, cell_path, nfc, same_name
-from recipes.listing import Listing, is_volume_name, stem_of
+from recipes.listing import Listing, stem_of
 from volumes.data.tables import Row
 
 from .folders import SPLIT_FOLDERS

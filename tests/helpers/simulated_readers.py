@@ -16,7 +16,9 @@ def study_key(cases_of_each, readers, seed=0, pairs=8, models=("generated",)):
     """A key without volumes; each generated volume has the mask of a real one."""
     cases = [StudyCase(f"c{i}", f"real/c{i}.nii.gz", REAL) for i in range(cases_of_each)]
     cases += [
-        StudyCase(f"c{i}_000", f"{name}/c{i}_000.nii.gz", name, f"c{i}") for name in models for i in range(cases_of_each)
+        StudyCase(f"c{i}_000", f"{name}/c{i}_000.nii.gz", name, f"c{i}")
+        for name in models
+        for i in range(cases_of_each)
     ]
     plan = Plan(readers, seed, training=0, repeats=0.15, pairs=pairs)
     return StudyKey(STUDY, cases, order_cases(cases, plan, b"salt"))

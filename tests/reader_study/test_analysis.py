@@ -81,6 +81,8 @@ def test_text_of_readers_is_only_text(tmp_path):
         (lambda c: next(iter(c["answers"].values()))["answers"].update(decision="X"), "decision is 'X'"),
         (lambda c: next(iter(c["answers"].values()))["answers"].pop("anatomy"), "answers {"),
         (lambda c: next(iter(c["answers"].values())).update(milliseconds="soon"), "has no times"),
+        (lambda c: c["answers"].update(dict.fromkeys(c["answers"], "text")), "is 'text', not an object"),
+        (lambda c: c["answers"].update(dict.fromkeys(c["answers"], 5)), "is 5, not an object"),
     ],
 )
 def test_edited_answers_are_refused(tmp_path, change, said):
@@ -163,6 +165,37 @@ def test_intervals_stay_within_their_range(tmp_path):
     assert intra_reader_kappa(first, first, 2, ordinal=False)["interval"] is None
     write_study_report(result, readings, tmp_path / "report")
     assert "cut at the ends of their range" in (tmp_path / "report/report.html").read_text()
+
+
+def test_half_an_emoji_is_written(tmp_path):
+    """A page cuts long comments, at times between the two halves of a character."""
+    key = study_key(4, 1, pairs=0)
+    write_answers(tmp_path / "a", key, Setting(), np.random.default_rng(0))
+    content = json.loads((tmp_path / "a/reader_1.json").read_text())
+    next(iter(content["answers"].values()))["comment"] = "odd \ud83d"
+    (tmp_path / "a/reader_1.json").write_text(json.dumps(content))
+    readings = read_answers([tmp_path / "a"], key)
+    write_study_report(analyze(readings, key, margin=0.1, seed=0), readings, tmp_path / "report")
+    assert "odd ?" in (tmp_path / "report/report.html").read_text("utf-8")
+    assert "odd ?" in (tmp_path / "report/answers.csv").read_text("utf-8")
+
+
+def test_a_reader_who_has_only_begun_is_left_out(tmp_path, caplog):
+    key = study_key(8, 3, pairs=0)
+    write_answers(tmp_path / "a", key, Setting(), np.random.default_rng(0))
+    file = tmp_path / "a/reader_2.json"
+    content = json.loads(file.read_text())
+    for entry in list(content["answers"].values())[1:]:
+        entry["done"] = False
+    file.write_text(json.dumps(content))
+    readings = read_answers([tmp_path / "a"], key)
+    result = analyze(readings, key, margin=0.1, seed=0)
+    assert list(result["readers"]) == ["reader_1", "reader_3"] and result["together"]["cases"] == 16
+    assert str(file) in caplog.text and "reader_2 answered" in caplog.text
+    write_study_report(result, readings, tmp_path / "report")
+    assert "reader_2.json: reader_2 answered" in (tmp_path / "report/report.html").read_text()
+    with pytest.raises(ValueError, match=r"two real and two generated(.|\n)*reader_2.json"):
+        analyze([one for one in readings if one.reader == "reader_2"], key, margin=0.1, seed=0)
 
 
 def test_power_grows_with_the_study():
