@@ -83,8 +83,8 @@ def _pop_beginners(by_reader: dict[str, list[Reading]]) -> list[str]:
         counts = Counter(reading.generated for reading in own)
         if min(counts[True], counts[False]) < FEWEST:
             lines.append(
-                f"{own[0].file}: {reader} answered {counts[False]} real and {counts[True]} generated volumes, fewer than "
-                f"{FEWEST} of a kind, and is left out; ask for the finished answers"
+                f"{own[0].file}: {reader} answered {counts[False]} real and {counts[True]} generated volumes: fewer "
+                f"than {FEWEST} of a kind, and is left out; ask for the finished answers"
             )
             logger.warning("%s", lines[-1])
             del by_reader[reader]

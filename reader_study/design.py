@@ -120,8 +120,8 @@ def order_cases(cases: Sequence[StudyCase], plan: Plan, salt: bytes) -> dict[str
     if len(left) < 2 or min(left.values()) < 2:
         counts = ", ".join(f"{number} {source}" for source, number in left.items()) or "none"
         raise ValueError(
-            f"beside the training cases these volumes are left: {counts}; two or more of real and of each generated set "
-            f"are needed. Give more volumes, a smaller --training than {plan.training}, or a larger --most"
+            f"beside the training cases are left: {counts}; two or more of real and of each generated set are "
+            f"needed. Give more volumes, a smaller --training than {plan.training}, or a larger --most"
         )
     quarters: list[list[int]] = [[] for _ in range(QUARTERS)]
     turn = 0

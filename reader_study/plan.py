@@ -81,9 +81,7 @@ def power_table(
     Raises: ValueError for fewer than four volumes.
     """
     if min(volumes) < 2 * FEWEST:
-        raise ValueError(
-            f"--volumes {min(volumes)}: a study needs {FEWEST} real and {FEWEST} generated ones; give more"
-        )
+        raise ValueError(f"--volumes {min(volumes)}: {FEWEST} real and {FEWEST} generated ones are needed; give more")
     rows = []
     for count in readers:
         for size in volumes:

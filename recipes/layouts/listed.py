@@ -11,6 +11,7 @@ from pathlib import Path
 from files.names import Disk, cell_path, nfc, same_name
 from recipes.listing import Listing, stem_of
 from volumes.data.tables import Row
+from volumes.formats.read import is_volume_name
 
 from .folders import SPLIT_FOLDERS
 from .layout import FoundFile, Key, Layout
