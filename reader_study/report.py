@@ -50,15 +50,10 @@ def write_study_report(result: Mapping[str, Any], readings: Sequence[Reading], o
     page = environment.get_template("report.html.jinja").render(
         result=document, scales=SCALES, letters=LETTERS, roc=roc_picture(result), ratings=ratings_picture(result)
     )
-    write_text(output / "report.html", _encodable(page))
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(output / "report.json", _encodable(text) + "\n")
-    write_text(output / "answers.csv", _encodable(_table(readings)))
-
-
-def _encodable(text: str) -> str:
-    """Replace lone halves of surrogate pairs, such as of an emoji that was cut, by question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    write_text(output / "report.html", page)
+    write_text(output / "report.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    # A comment may hold one half of a character, such as of an emoji that was cut: a question mark then.
+    write_text(output / "answers.csv", _table(readings).encode("utf-8", "replace").decode("utf-8"))
 
 
 def percent(value: float | None) -> str:
