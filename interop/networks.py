@@ -141,7 +141,11 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError(
             f"objective {trained['objective']}: give beta_schedule, beta_start and beta_end of its training"
         )
-    if expressions := [name for name, value in given.items() if isinstance(value, str)]:
+    texts = {name: value for name, value in given.items() if _has_text(value)}
+    if plain := {name: value for name, value in texts.items() if not str(value).startswith(("$", "@", "%"))}:
+        name, value = next(iter(plain.items()))
+        raise ValueError(f"{name} is {value!r:.80}: text where a number belongs; write it without quotation marks")
+    if expressions := list(texts):
         raise ValueError(
             f"{', '.join(expressions)}: expressions and references are not evaluated; write the values out"
         )
@@ -176,6 +180,10 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         if isinstance(config.get(name), int) and isinstance(levels := config.get("channels"), list | tuple):
             config[name] = [config[name]] * len(levels)
     return config
+
+
+def _has_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(map(_has_text, value)))
 
 
 def expected_shapes(peer: Peer, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:

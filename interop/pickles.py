@@ -10,11 +10,12 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, ClassVar, Never
 
 import torch
 
@@ -24,6 +25,7 @@ from files.paths import open_regular, printable
 MOST_PICKLE = 1 << 26  # bytes of the part that is not tensors
 MOST_ENTRIES = 1 << 16  # of the archive; one per tensor
 MOST_SIDES = 16  # of a tensor
+MOST_VALUES = 1 << 20  # of the part that is not tensors, each counted as often as it is referred to
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -121,7 +123,7 @@ def _tensor(storage: object, offset: object, shape: object, strides: object, *_:
         raise Refused("builds a tensor of something else than a storage")
     numbers = (offset, *shape, *strides)
     if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) != len(strides):
-        raise Refused(f"builds a tensor with the impossible place {numbers!r:.80}")
+        raise Refused(f"builds a tensor with the impossible place {reprlib.repr(numbers):.80}")
     assert isinstance(offset, int)
     if len(shape) > MOST_SIDES:
         raise Refused(f"builds a tensor of {len(shape)} sides")
@@ -153,7 +155,24 @@ def _mapping(*args: object) -> _Mapping:
         or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs)
     ):
         raise Refused("builds an OrderedDict of something else than pairs")
+    _check_keys([key for key, _ in pairs])
     return _Mapping(pairs)
+
+
+def _check_keys(keys: Sequence[object]) -> None:
+    """Refuse keys whose hash may take forever: a tuple of a tuple, of a tuple, ..., each twice in the next."""
+    for key in keys:
+        if not isinstance(key, str | int | float | Dropped):
+            raise Refused(f"has a {type(key).__name__} as the key of a dict")
+
+
+def _count(value: object, known: dict[int, int]) -> int:
+    """Count the values of a document as if it had no references, which could take forever to walk along."""
+    if not isinstance(value, tuple | list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count(one, known) for one in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def _never(*_: object) -> Never:
@@ -180,8 +199,10 @@ def _names() -> dict[tuple[str, str], _StandIn]:
 NAMES = _names()
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # Python's own, not C's: keys are checked before they are hashed
     """An unpickler that knows the names in `NAMES`, and looks up none."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -197,15 +218,36 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: object) -> _Storage:
         """Return the storage that a pickle refers to."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StandIn)):
-            raise Refused(f"refers to {printable(repr(pid)[:80])}")
+            raise Refused(f"refers to {printable(reprlib.repr(pid)[:80])}")
         _, kind, key, _, numel = pid
         dtype = STORAGES.get(kind.name.removeprefix("torch."))
         if dtype is None or not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 2**48:
-            raise Refused(f"refers to {printable(repr(pid)[:80])}")
+            raise Refused(f"refers to {printable(reprlib.repr(pid)[:80])}")
         found = self.storages.setdefault(key, _Storage(key, dtype, numel))
         if found != _Storage(key, dtype, numel):
             raise Refused(f"refers to the storage {printable(key)[:40]} as two types or sizes")
         return found
+
+    def load_setitem(self) -> None:
+        """Set an entry of a dict. Raises: Refused for a key that is not text or a number; so do the next two."""
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """Set entries of a dict."""
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        """Make a dict."""
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+    }
 
 
 @dataclass(frozen=True)
@@ -237,6 +279,8 @@ class TorchFile:
                 _check_opcodes(data)
                 reader = _Unpickler(data)
                 content = reader.load()
+                if _count(content, {}) > MOST_VALUES:
+                    raise Refused(f"refers to its values more than {MOST_VALUES} times")
                 sizes = {info.filename: info.file_size for info in archive.infolist()}
                 for key, storage in reader.storages.items():
                     if sizes.get(f"{prefix}data/{key}") != storage.numel * storage.dtype.itemsize:

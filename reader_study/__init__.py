@@ -17,7 +17,8 @@ How it is built, and why:
   date is a constant, and files are written in the order of their names. The salt and the truth are in `key.json`, which
   readers never get. Truth in a folder is that of the training cases alone, and only where their answers are shown.
 - **Order.** Cases of each source are dealt into four quarters, which rotate from reader to reader; in a quarter the
-  order is shuffled for each reader. So every case is read early by some and late by others, and no stretch holds real
+  order is shuffled for each reader. The shuffles depend on the salt, so that the seed, which is 0 unless it is given,
+  does not tell the order. So every case is read early by some and late by others, and no stretch holds real
   cases alone. Repeats, 10 to 20 % of the cases, are cases of the first half that come again in the second, with a new
   name and new noise. Forced choices between two volumes of one mask come last, so that they teach nothing before.
 - **What is asked**: real or generated, confidence from 1 to 5, the three scales of Khader et al. 2023 (Medical

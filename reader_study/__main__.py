@@ -19,6 +19,7 @@ from cli.settings import (
     NonNegativeFloat,
     NonNegativeInt,
     Number,
+    PositiveFloat,
     PositiveInt,
     Share,
     TwoOrMore,
@@ -52,7 +53,9 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--without_feedback", action="store_true", help="do not show the truth of training cases")
     parser.add_argument("--repeats", type=Number(Share), default=0.15, help="share that comes twice (0.15)")
     parser.add_argument("--pairs", type=Number(NonNegativeInt), default=10, help="forced choices, at most (10)")
-    parser.add_argument("--spacing", nargs=3, type=float, metavar="MM", help="voxel size, right anterior superior")
+    parser.add_argument(
+        "--spacing", nargs=3, type=Number(PositiveFloat), metavar="MM", help="voxel size, right anterior superior"
+    )
     parser.add_argument(
         "--window",
         nargs=2,

@@ -15,7 +15,7 @@ LIMITS = (2.5, 97.5)
 
 
 class Agreement(TypedDict):
-    """A coefficient and its 95 % interval; NaN or None where the ratings do not vary."""
+    """A coefficient and its 95 % interval; NaN or None where the ratings, or their agreement, do not vary."""
 
     value: float
     interval: tuple[float, float] | None
@@ -44,8 +44,8 @@ def over_volumes(
     count = ratings.shape[1]
     drawn = [statistic(ratings[:, random.integers(count, size=count)]) for _ in range(RESAMPLES)]
     known = [value for value in drawn if np.isfinite(value)]
-    interval = np.percentile(known, LIMITS).tolist() if len(known) > RESAMPLES / 2 else None
-    return {"value": statistic(ratings), "interval": interval and (interval[0], interval[1])}
+    interval = _with_width(np.percentile(known, LIMITS)) if len(known) > RESAMPLES / 2 else None
+    return {"value": statistic(ratings), "interval": interval}
 
 
 def icc_2k(ratings: np.ndarray) -> Agreement:
@@ -69,5 +69,11 @@ def intra_reader_kappa(first: Sequence[int], again: Sequence[int], levels: int, 
     if used.sum() < 2:
         return {"value": float("nan"), "interval": None}
     found: Any = cohens_kappa(table, wt="quadratic" if ordinal else None)
-    interval = (float(found.kappa_low), float(found.kappa_upp))
-    return {"value": float(found.kappa), "interval": interval if np.isfinite(interval).all() else None}
+    interval = np.array([found.kappa_low, found.kappa_upp]).clip(-1, 1)  # a normal interval leaves the range
+    return {"value": float(found.kappa), "interval": _with_width(interval)}
+
+
+def _with_width(ends: np.ndarray) -> tuple[float, float] | None:
+    """Return an interval, or None if it is open or has no width: where nothing varies, no error can be estimated."""
+    low, high = ends.tolist()
+    return (low, high) if np.isfinite(high - low) and high - low > 1e-9 else None

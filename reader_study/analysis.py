@@ -1,5 +1,6 @@
 """Everything that is computed from the answers of a study, as one JSON document."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,6 +13,7 @@ from .answers import Reading
 from .design import REAL
 from .detection import auc, d_prime, d_prime_of_choice, equivalence_p, rate, roc
 from .kit import StudyKey
+from .plan import FEWEST
 from .questions import LETTERS, SCALES
 from .readers_and_cases import (
     accuracy_covariance,
@@ -24,8 +26,8 @@ from .readers_and_cases import (
 )
 from .voxels import sources_of
 
-FEWEST = 2  # volumes of each kind, for a ROC curve and covariances
 Table = dict[str, object]
+logger = logging.getLogger(__name__)
 
 
 def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: int) -> Table:
@@ -34,24 +36,28 @@ def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: 
     Args:
         readings: of all readers.
         key: the study's key.
-        margin: accuracy within this of 0.5 counts as equivalent to chance.
+        margin: balanced accuracy within this of 0.5 counts as equivalent to chance.
         seed: of the bootstrap.
 
-    Raises: ValueError if no reader has answered two real and two generated volumes.
+    Readers who have answered fewer than two real or two generated volumes are left out, and listed under "left_out".
+
+    Raises: ValueError if there is no other reader.
     """
     random = np.random.default_rng(seed)
     first = [reading for reading in readings if reading.first]
     readers = [reader for reader in key.readers if any(reading.reader == reader for reading in first)]
     by_reader = {reader: [reading for reading in first if reading.reader == reader] for reader in readers}
-    for reader, own in by_reader.items():
-        counts = Counter(reading.generated for reading in own)
-        if min(counts[True], counts[False]) < FEWEST:
-            raise ValueError(f"{reader} answered {counts[False]} real and {counts[True]} generated volumes: too few")
-    if not readers:
-        raise ValueError("no reader has answered a volume of the study; the training cases do not count")
+    left_out = _pop_beginners(by_reader)
+    if not by_reader:
+        raise ValueError(
+            "no reader has answered two real and two generated volumes of the study; training cases do not count"
+            + "".join(f"\n{line}" for line in left_out)
+        )
+    readers = list(by_reader)
     common = sorted(set.intersection(*({reading.item.cases[0] for reading in own} for own in by_reader.values())))
     return {
         "margin": margin,
+        "left_out": left_out,
         "volumes": dict(Counter(key.cases[number].source for number in common)),
         "readers": {reader: _of_reader(own, margin) for reader, own in by_reader.items()},
         "together": _together(by_reader, common, key, margin, random),
@@ -70,6 +76,21 @@ def analyze(readings: Sequence[Reading], key: StudyKey, *, margin: float, seed: 
     }
 
 
+def _pop_beginners(by_reader: dict[str, list[Reading]]) -> list[str]:
+    """Remove the readers who have only begun from `by_reader`. Returns: a line for each."""
+    lines = []
+    for reader, own in list(by_reader.items()):
+        counts = Counter(reading.generated for reading in own)
+        if min(counts[True], counts[False]) < FEWEST:
+            lines.append(
+                f"{own[0].file}: {reader} answered {counts[False]} real and {counts[True]} generated volumes: fewer "
+                f"than {FEWEST} of a kind, and is left out; ask for the finished answers"
+            )
+            logger.warning("%s", lines[-1])
+            del by_reader[reader]
+    return lines
+
+
 def _called_generated(reading: Reading) -> bool:
     return reading.answers["decision"] == "G"
 
@@ -80,20 +101,20 @@ def _of_reader(own: Sequence[Reading], margin: float) -> Table:
     called = np.array([_called_generated(reading) for reading in own])
     hits, alarms = int((called & generated).sum()), int((called & ~generated).sum())
     signals, noises = int(generated.sum()), int((~generated).sum())
-    right = int((called == generated).sum())
     sensitivity, criterion = d_prime(hits, signals, alarms, noises)
-    figure = mean_figure(*delong_covariance(scores[None], generated))
+    accuracy = mean_figure(*accuracy_covariance((called == generated)[None], generated))
+    area = mean_figure(*delong_covariance(scores[None], generated))
     false, true = roc(scores, generated)
     seconds = {kind: [one.seconds for one in own if one.generated == kind] for kind in (False, True)}
     return {
-        "accuracy": rate(right, len(own)),
+        "accuracy": accuracy,
         "generated_found": rate(hits, signals),
         "real_found": rate(noises - alarms, noises),
         "d_prime": sensitivity,
         "criterion": criterion,
         "auc": auc(scores, generated),
-        "auc_interval": figure["interval"],
-        "equivalence_p": equivalence_p(right, len(own), margin),
+        "auc_interval": area["interval"],
+        "equivalence_p": equivalence(accuracy, margin),
         "roc": [false, true],
         "median_seconds": {"real": float(np.median(seconds[False])), "generated": float(np.median(seconds[True]))},
     }
@@ -121,12 +142,12 @@ def _together(
         return None
     correct = _matrix(by_reader, common, lambda reading: reading.correct).astype(bool)
     scores = _matrix(by_reader, common, lambda reading: reading.score)
-    accuracy = mean_figure(*accuracy_covariance(correct))
+    accuracy = mean_figure(*accuracy_covariance(correct, generated))
     return {
         "readers": len(by_reader),
         "cases": len(common),
         "accuracy": accuracy,
-        "accuracy_bootstrap": bootstrap_mean(correct, random),
+        "accuracy_bootstrap": bootstrap_mean(correct, generated, random),
         "equivalence_p": equivalence(accuracy, margin),
         "difference_p": unlike_chance(accuracy),
         "auc": mean_figure(*delong_covariance(scores, generated)),

@@ -1,5 +1,6 @@
 """Read what readers send back: files of JSON, checked against the key before anything is believed."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .kit import StudyKey
 from .questions import asked
 
 FORMAT = "medvolume reader study: answers"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Reading:
         seconds: in view.
         visits: how often the reader came to it.
         real_side: of a pair, "L" or "R", where the real one was.
+        file: that the reader sent.
     """
 
     reader: str
@@ -37,7 +40,8 @@ class Reading:
     comment: str
     seconds: float
     visits: int
-    real_side: str = ""
+    real_side: str
+    file: Path
 
     @property
     def first(self) -> bool:
@@ -81,7 +85,10 @@ def read_answers(paths: Sequence[Path], key: StudyKey) -> list[Reading]:
         if reader in files_of:
             raise ValueError(f"{file}: {files_of[reader]} has answers of {reader} too; keep the later one")
         files_of[reader] = file
-        readings += _of_reader(file, reader, content.get("answers"), key)
+        found_in_file = _of_reader(file, reader, content.get("answers"), key)
+        if not found_in_file:
+            logger.warning("%s: %s has not finished a single item", file, reader)
+        readings += found_in_file
     return readings
 
 
@@ -92,6 +99,8 @@ def _of_reader(file: Path, reader: str, given: Any, key: StudyKey) -> list[Readi
     readings = []
     for item in key.readers[reader]:
         entry = given.get(item.id)
+        if entry is not None and not isinstance(entry, dict):
+            raise ValueError(f"{file}: item {item.id} is {entry!r:.40}, not an object of answers; was the file edited?")
         if entry is None or not entry.get("done"):
             continue
         answers = _checked(file, item, entry.get("answers"))
@@ -103,7 +112,7 @@ def _of_reader(file: Path, reader: str, given: Any, key: StudyKey) -> list[Readi
         source = next((name for name in sources if name != REAL), REAL)
         text = comment if isinstance(comment, str) else ""
         side = ("L" if sources[0] == REAL else "R") if item.section == "pair" else ""
-        readings.append(Reading(reader, item, source, answers, text, milliseconds / 1000, int(visits), side))
+        readings.append(Reading(reader, item, source, answers, text, milliseconds / 1000, int(visits), side, file))
     return readings
 
 

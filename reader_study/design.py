@@ -1,4 +1,7 @@
-"""Which cases a reader sees, and in which order: a function of the cases, the seed and the reader."""
+"""Which cases a reader sees, and in which order: a function of the cases, the salt, the seed and the reader.
+
+The salt is in the key alone. Without it nobody can rebuild the order from the seed, which is 0 unless it is given.
+"""
 
 import hashlib
 import hmac
@@ -83,6 +86,11 @@ class _Names:
         return hmac.new(self.salt, text, hashlib.sha256).hexdigest()[:16]
 
 
+def _dice(salt: bytes, purpose: str) -> random.Random:
+    """Return a generator that only who knows the salt can build again."""
+    return random.Random(hmac.new(salt, f"order/{purpose}".encode(), hashlib.sha256).digest())
+
+
 def reader_name(number: int) -> str:
     """Return the name of a reader, counted from 0."""
     return f"reader_{number + 1}"
@@ -101,7 +109,7 @@ def order_cases(cases: Sequence[StudyCase], plan: Plan, salt: bytes) -> dict[str
 
     Raises: ValueError for fewer than two real or generated cases beside the training cases.
     """
-    dice = random.Random(plan.seed)
+    dice = _dice(salt, f"{plan.seed}")
     by_source: dict[str, list[int]] = {}
     for number, case in enumerate(cases):
         by_source.setdefault(case.source, []).append(number)
@@ -110,7 +118,11 @@ def order_cases(cases: Sequence[StudyCase], plan: Plan, salt: bytes) -> dict[str
     training = _take_training(by_source, plan.training, dice)
     left = {source: len(numbers) for source, numbers in by_source.items()}
     if len(left) < 2 or min(left.values()) < 2:
-        raise ValueError(f"beside {plan.training} training cases, {left} are too few: give two or more of each source")
+        counts = ", ".join(f"{number} {source}" for source, number in left.items()) or "none"
+        raise ValueError(
+            f"beside the training cases are left: {counts}; two or more of real and of each generated set are "
+            f"needed. Give more volumes, a smaller --training than {plan.training}, or a larger --most"
+        )
     quarters: list[list[int]] = [[] for _ in range(QUARTERS)]
     turn = 0
     for numbers in by_source.values():
@@ -160,7 +172,7 @@ def _items(
     reader: int,
     names: _Names,
 ) -> list[Item]:
-    dice = random.Random(f"{plan.seed}/{reader}")
+    dice = _dice(names.salt, f"{plan.seed}/{reader}")
     rotated = [list(quarters[(quarter + reader) % QUARTERS]) for quarter in range(QUARTERS)]
     for quarter in rotated:
         dice.shuffle(quarter)

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from files.atomic import atomic_folder, write_text
 from files.documents import read_object
-from volumes.formats.read import SUFFIXES, volume_stem
+from volumes.formats.read import is_volume_name, volume_stem
 
 from .design import REAL, Item, Plan, StudyCase, match_masks, order_cases
 from .questions import Question, asked
@@ -43,10 +43,13 @@ class StudyKey:
 
 
 def find_volumes(folder: Path) -> list[Path]:
-    """Return the volumes directly in a folder, in the order of their names. Raises: ValueError if there are none."""
+    """Return the volumes directly in a folder, in the order of their names; hidden files are passed over.
+
+    Raises: ValueError if there are none.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder of volumes")
-    found = sorted(path for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(SUFFIXES))
+    found = sorted(path for path in folder.iterdir() if path.is_file() and is_volume_name(path.name))
     if not found:
         raise ValueError(f"{folder}: holds no volume (NIfTI, NRRD, MetaImage)")
     return found
@@ -57,15 +60,29 @@ def collect_cases(
 ) -> list[StudyCase]:
     """Return the cases of a study: at most `most` of each source, generated ones first with those of shown real cases.
 
-    Raises: ValueError for folders without volumes, and for a model called "real".
+    Raises: ValueError for folders without volumes, a model called "real", two real volumes of one name, and a file that
+        is given twice.
     """
     if REAL in generated:
         raise ValueError(f"--generated {REAL}=...: that name is taken; give the model another")
-    names = {volume_stem(path): path for folder in real for path in find_volumes(folder)}
+    names: dict[str, Path] = {}
+    given: dict[Path, str] = {}
+    for folder in real:
+        for path in find_volumes(folder):
+            _note(path, "--real", given)
+            name = volume_stem(path)
+            if name in names:
+                raise ValueError(
+                    f"{path}: has the name of {names[name]}, and masks are matched by names; rename one of the two, or "
+                    f"give folders of different names of files: --real {path.parent}"
+                )
+            names[name] = path
     kept = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())[:most]
     cases = [StudyCase(name, str(names[name]), REAL) for name in sorted(kept)]
     for source, folders in generated.items():
         paths = [path for folder in folders for path in find_volumes(folder)]
+        for path in paths:
+            _note(path, f"--generated {source}", given)
         masks = {path: match_masks(list(names), volume_stem(path)) for path in paths}
         ranked = sorted(
             paths,
@@ -73,6 +90,14 @@ def collect_cases(
         )
         cases += [StudyCase(volume_stem(path), str(path), source, masks[path]) for path in sorted(ranked[:most])]
     return cases
+
+
+def _note(path: Path, option: str, given: dict[Path, str]) -> None:
+    """Note which option gives a file. Raises: ValueError if one gave it before."""
+    file = path.resolve()
+    if file in given:
+        raise ValueError(f"{path}: is given by {given[file]} and by {option}; give each folder once, real or generated")
+    given[file] = option
 
 
 def create_study(
@@ -119,7 +144,7 @@ def create_study(
             "cases": [dataclasses.asdict(case) for case in cases],
             "readers": {reader: [dataclasses.asdict(item) for item in items] for reader, items in readers.items()},
         }
-        write_text(unfinished / KEY, json.dumps(key, indent=1, ensure_ascii=False) + "\n", mode=0o600)
+        write_text(unfinished / KEY, json.dumps(key, indent=1) + "\n", mode=0o600)
     return StudyKey(study, list(cases), readers)
 
 
@@ -186,6 +211,20 @@ def read_key(path: Path) -> StudyKey:
             ]
             for reader, items in key["readers"].items()
         }
+        for case in cases:
+            if not all(isinstance(text, str) for text in (case.name, case.file, case.source)):
+                raise ValueError(f"the case {case.name!r:.40} lacks a name, file or source")
+        for item in (item for items in readers.values() for item in items):
+            _check_item(item, len(cases))
         return StudyKey(key["study"], cases, readers)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: is damaged ({type(error).__name__}: {error}); take it from a copy") from error
+
+
+def _check_item(item: Item, cases: int) -> None:
+    """Raise ValueError for an item of a key that names no case, or another section than there are."""
+    if item.section not in ("training", "single", "pair") or len(item.cases) != 1 + (item.section == "pair"):
+        raise ValueError(f"item {item.id!r:.40} is no training case, volume or pair")
+    for number in item.cases:
+        if type(number) is not int or not 0 <= number < cases:
+            raise ValueError(f"item {item.id!r:.40} shows case {number!r:.40}, of {cases}")

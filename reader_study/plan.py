@@ -15,6 +15,7 @@ from scipy.stats import norm
 from .readers_and_cases import accuracy_covariance, equivalence, mean_figure, unlike_chance
 
 LEVEL = 0.05
+FEWEST = 2  # volumes of each kind, for covariances
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ def simulate_evidence(readers: int, generated: np.ndarray, setting: Setting, ran
 def power_table(
     readers: Sequence[int], volumes: Sequence[int], setting: Setting, margin: float, trials: int, seed: int
 ) -> PowerTable:
-    """Simulate studies of each number of readers and volumes, half of the volumes real."""
+    """Simulate studies of each number of readers and volumes, half of the volumes real.
+
+    Raises: ValueError for fewer than four volumes.
+    """
+    if min(volumes) < 2 * FEWEST:
+        raise ValueError(f"--volumes {min(volumes)}: {FEWEST} real and {FEWEST} generated ones are needed; give more")
     rows = []
     for count in readers:
         for size in volumes:
@@ -84,7 +90,7 @@ def power_table(
             same = other = 0
             for _ in range(trials):
                 correct = (simulate_evidence(count, generated, setting, random) > 0) == generated
-                figure = mean_figure(*accuracy_covariance(correct))
+                figure = mean_figure(*accuracy_covariance(correct, generated))
                 same += equivalence(figure, margin) < LEVEL
                 other += unlike_chance(figure) < LEVEL
             rows.append((count, size, same / trials, other / trials))

@@ -52,7 +52,8 @@ def write_study_report(result: Mapping[str, Any], readings: Sequence[Reading], o
     )
     write_text(output / "report.html", page)
     write_text(output / "report.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(output / "answers.csv", _table(readings))
+    # A comment may hold one half of a character, such as of an emoji that was cut: a question mark then.
+    write_text(output / "answers.csv", _table(readings).encode("utf-8", "replace").decode("utf-8"))
 
 
 def percent(value: float | None) -> str:
@@ -71,9 +72,9 @@ def p_value(value: float | None) -> str:
 
 
 def interval(ends: Sequence[float] | None, share: bool = False) -> str:
-    """Format an interval; nothing for None."""
+    """Format an interval, or say that there is none."""
     if ends is None:
-        return ""
+        return "no interval: nothing varies"
     form = percent if share else number
     return f"{form(ends[0])} to {form(ends[1])}"
 

@@ -88,6 +88,8 @@ def choose(
     """
     masks = {role for role in layout.roles if _is_mask(layout, reader, role)}
     choice = Choice([], None, layout.keys, sure=list(layout.notes))
+    if not channels and not set(layout.roles) - masks:
+        _refuse_empty_images(layout, reader, masks)
     choice.mask = _chosen_mask(layout, reader, masks, mask)
     if choice.mask in layout.doubtful:
         raise Ambiguous(f"{layout.doubtful[choice.mask]}, or say --mask none")
@@ -124,14 +126,32 @@ def _is_mask(layout: Layout, reader: Reader, role: str) -> bool:
         return role in layout.masks
     if role in layout.outlined:
         return True
-    files = layout.of_role(role)
-    looks = [
-        look for path in spread([files[key].path for key in sorted(files)], LOOKED_AT) for look in _look(reader, path)
-    ]
+    looks = _looks_of(layout, reader, role)
     if not looks:
         return has_word(MASK_WORD, role)
     most = max(len(look.distinct) if look.distinct is not None else 10**9 for look in looks)
     return most <= FEW_VALUES or (has_word(MASK_WORD, role) and most < 10**9)
+
+
+def _refuse_empty_images(layout: Layout, reader: Reader, masks: set[str]) -> None:
+    """Raise ValueError if files seem to be masks only because all their voxels hold one value."""
+    empty = []
+    for role in sorted(masks - {*layout.outlined, *(layout.masks or ())}):
+        looks = _looks_of(layout, reader, role)
+        if looks and all(look.low == look.high for look in looks):
+            empty.append(role)
+    if empty:
+        raise ValueError(
+            f"{_listed(layout, empty)}: all voxels of each file hold one value, so they show nothing; no other file is "
+            "an image. Look whether the files were converted or copied to the end"
+        )
+
+
+def _looks_of(layout: Layout, reader: Reader, role: str) -> list[Look]:
+    """Return what some files of a role hold."""
+    files = layout.of_role(role)
+    paths = spread([files[key].path for key in sorted(files)], LOOKED_AT)
+    return [look for path in paths for look in _look(reader, path)]
 
 
 def _look(reader: Reader, path: str) -> list[Look]:

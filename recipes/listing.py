@@ -8,7 +8,7 @@ from pathlib import Path
 
 from files.names import nfc
 from volumes.formats.dicom import is_series
-from volumes.formats.read import SUFFIXES, volume_stem
+from volumes.formats.read import SUFFIXES, is_volume_name, volume_stem
 
 MOST_FILES = 200_000
 RECIPE_FILES = {"data.yaml", "ldm.yaml"}
@@ -70,12 +70,6 @@ def list_folder(root: Path, skip: Path | None = None) -> Listing:
             f"{root}: holds no volumes ({', '.join(SUFFIXES)}, DICOM folders); give the folder of the scans"
         )
     return Listing(root, tuple(kept), tuple(series), tuple(tables), tuple(twins))
-
-
-def is_volume_name(name: str) -> bool:
-    """Return whether a file is named as a volume is. An .img file counts as part of its .hdr; .dcm is a slice."""
-    lower = name.lower()
-    return lower.endswith(SUFFIXES) and not lower.startswith(".") and not lower.endswith((".dcm", ".img", ".img.gz"))
 
 
 def stem_of(path: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import nibabel as nib
 
+from volumes.formats.nifti import open_nifti
+
 MASK_OPACITY = 0.4
 HEIGHT = 400  # pixels
 
@@ -29,7 +31,7 @@ def show_volume(volume: Any, mask: str | os.PathLike | nib.Nifti1Image | None = 
         ipyniivue = importlib.import_module("ipyniivue")  # of an extra that development does not install
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"show() needs {error.name}: pip install 'medvolume[studio]', or pip install ipyniivue"
+            f"show() needs {error.name}: pip install -e '.[studio]' -c constraints.txt, or pip install ipyniivue"
         ) from error
     widget = ipyniivue.NiiVue(height=height)
     widget.load_volumes([ipyniivue.Volume(**layer) for layer in shown])
@@ -51,7 +53,7 @@ def nifti_bytes(image: Any) -> bytes:
     if isinstance(image, str | os.PathLike):
         if not str(image).endswith((".nii", ".nii.gz")):
             raise ValueError(f"{Path(image)}: show() shows NIfTI files, .nii or .nii.gz")
-        image = nib.load(image)
+        _, image = open_nifti(image)
     if not isinstance(image, nib.Nifti1Image):
         raise ValueError(
             f"show() shows NIfTI images and files, got {type(image).__name__}; call the pipeline with "

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from files.names import Disk, cell_path, nfc, same_name
-from recipes.listing import Listing, is_volume_name, stem_of
+from recipes.listing import Listing, stem_of
 from volumes.data.tables import Row
+from volumes.formats.read import is_volume_name
 
 from .folders import SPLIT_FOLDERS
 from .layout import FoundFile, Key, Layout

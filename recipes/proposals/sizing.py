@@ -110,10 +110,20 @@ def propose(facts: Facts, machine: Machine, start: Start, *, quick: bool, mirror
     )  # fmt: skip
     patch = patch_shape(facts.shapes, stride, int(PATCH_VOXELS[_kind(machine, quick)] * _scale(machine)))
     plan.vae["crops"] = {"shape": patch, "flip_axes": flips}
-    plan.why["vae.crops"] = (
-        f"voxels of a patch: a multiple of the stride {stride}, within the smallest volume "
-        f"({' x '.join(map(str, facts.shapes.min(axis=0)))})"
-    )
+    smallest = facts.shapes.min(axis=0)
+    size = " x ".join(map(str, smallest))
+    plan.why["vae.crops"] = f"voxels of a patch: a multiple of the stride {stride}, within the smallest volume ({size})"
+    if padded := [axis for axis in range(3) if smallest[axis] < patch[axis]]:
+        axes = " and ".join("xyz"[axis] for axis in padded)
+        plan.why["vae.crops"] = (
+            f"voxels of a patch: a multiple of the stride {stride}, of {LEAST_CELLS} latent voxels at least; the "
+            f"smallest volume ({size}) is padded along {axes}"
+        )
+        share = 1 - np.prod(np.minimum(smallest, patch)) / np.prod(patch)
+        plan.unsure.append(
+            f"the smallest volume has {size} voxels, fewer than a patch along {axes}: {share:.0%} of its patch is "
+            "padding, which teaches nothing; give larger volumes, or none so thin"
+        )
     plan.vae["losses"] = {"l1": 0.25, "mse": 8.0, "gradient": 0.25, "kl": 1e-4}
     _vae_training(plan, facts, machine, model, patch, quick)
     _unet(plan, facts, machine, start, stride, model["latent_channels"], flips, quick)

@@ -12,19 +12,23 @@ from reader_study.plan import simulate_evidence
 STUDY = "0123456789abcdef"
 
 
-def study_key(cases_of_each, readers, seed=0, pairs=8):
+def study_key(cases_of_each, readers, seed=0, pairs=8, models=("generated",)):
     """A key without volumes; each generated volume has the mask of a real one."""
     cases = [StudyCase(f"c{i}", f"real/c{i}.nii.gz", REAL) for i in range(cases_of_each)]
-    cases += [StudyCase(f"c{i}_000", f"gen/c{i}_000.nii.gz", "generated", f"c{i}") for i in range(cases_of_each)]
+    cases += [
+        StudyCase(f"c{i}_000", f"{name}/c{i}_000.nii.gz", name, f"c{i}")
+        for name in models
+        for i in range(cases_of_each)
+    ]
     plan = Plan(readers, seed, training=0, repeats=0.15, pairs=pairs)
     return StudyKey(STUDY, cases, order_cases(cases, plan, b"salt"))
 
 
-def write_answers(folder, key, setting, random):
-    """Write the answers of simulated readers to `folder`, one file each."""
+def write_answers(folder, key, setting, random, bias=0.0):
+    """Write the answers of simulated readers to `folder`, one file each. `bias` is added to all evidence."""
     folder.mkdir()
     generated = np.array([case.source != REAL for case in key.cases])
-    evidence = simulate_evidence(len(key.readers), generated, setting, random)
+    evidence = simulate_evidence(len(key.readers), generated, setting, random) + bias
     for row, (reader, items) in enumerate(key.readers.items()):
         answers = {}
         for item in items:

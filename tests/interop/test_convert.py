@@ -280,6 +280,8 @@ def test_a_converted_autoencoder_decodes_large_volumes_in_slabs(tmp_path, monkey
     [
         ({"channels": "$[8, 16]"}, "channels: expressions and references are not evaluated"),
         ({"in_channels": "@image_channels"}, "in_channels: expressions"),
+        ({"latent_channels": "4"}, "latent_channels is '4': text where a number belongs"),
+        ({"channels": ["8", 16]}, "channels is .*: text where a number belongs"),
         ({"widths": [8, 16]}, "widths: not an argument"),
         ({"spatial_dims": 2}, "spatial_dims is 2; only 3"),
         ({"use_combined_linear": True}, "use_combined_linear is True"),

@@ -153,6 +153,20 @@ HOSTILE = {
     "a parameter of a text": (PARAMETER + b"(" + text("x") + b"tR", "else than a tensor"),
     "a mapping of numbers": (name("collections", "OrderedDict") + b"(" + whole(3) + b"tR", "else than pairs"),
     "too little": (b"R", "damaged"),
+    "a nested tuple as a key": (b"}K\x00" + b"2\x86" * 60 + b"K\x01s", "has a tuple as the key of a dict"),
+    "a nested tuple as one of several keys": (b"}(K\x00" + b"2\x86" * 60 + b"K\x01u", "has a tuple as the key"),
+    "a nested tuple as a key of marked values": (b"(K\x00" + b"2\x86" * 60 + b"K\x01d", "has a tuple as the key"),
+    "a nested tuple as a key of pairs": (
+        name("collections", "OrderedDict") + b"](K\x00" + b"2\x86" * 60 + b"K\x01\x86e\x85R",
+        "has a tuple as the key",
+    ),
+    "a nested tuple for a storage": (b"K\x00" + b"2\x86" * 60 + b"Q", "refers to"),
+    "a nested tuple for a shape": (
+        REBUILD + b"(" + storage() + whole(0) + b"(K\x00" + b"2\x86" * 60 + b"t(K\x01t\x89)tR",
+        "impossible place",
+    ),
+    "a nested tuple as a value": (b"K\x00" + b"2\x86" * 60, "refers to its values more than"),
+    "a nested list as a value": (b"]" + b"q\x010](h\x01h\x01e" * 60, "refers to its values more than"),
     "a text for a tensor": (text("x"), "0 among its weights is not a tensor"),
     "metadata for a tensor": (name("numpy", "dtype") + b")R", "is not a tensor"),
 }  # fmt: skip

@@ -42,13 +42,17 @@ def test_what_cannot_be_shown_is_named(tmp_path):
     for volume, message in ((np.zeros((1, 2, 2, 2)), "got ndarray"), (None, "got NoneType"), ("a.png", "a.png")):
         with pytest.raises(ValueError, match=message):
             output(volume).show()
+    (tmp_path / "cut.nii").write_bytes(image().to_bytes()[:400])
+    for mask, message in ((tmp_path / "nowhere.nii.gz", "no such file"), (tmp_path / "cut.nii", "cut.nii: its voxels")):
+        with pytest.raises(ValueError, match=message):
+            output(image()).show(mask=mask)
     with pytest.raises(ValueError, match="no volume 1; the output holds 1"):
         output(image()).show(1)
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipyniivue", None)
-    with pytest.raises(ValueError, match=r"pip install 'medvolume\[studio\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[studio\]' -c constraints.txt"):
         output(image()).show()
 
 

@@ -7,43 +7,12 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
+from study_folders import SHAPE, smooth, study, write_sets
 
+from reader_study.__main__ import parse
 from reader_study.design import REAL, Plan, StudyCase, match_masks, order_cases
-from reader_study.kit import DATE, KEY, collect_cases, create_study, read_key
+from reader_study.kit import DATE, KEY, collect_cases, read_key
 from reader_study.voxels import Look
-
-SHAPE = (12, 10, 9)
-LOOK = Look()
-
-
-def smooth(seed):
-    """A volume of some texture: sums of waves, in units of their own."""
-    random = np.random.default_rng(seed)
-    axes = np.meshgrid(*(np.linspace(0, 1, size) for size in SHAPE), indexing="ij")
-    waves = [np.sin(2 * np.pi * random.uniform(0.5, 2) * axis + random.uniform(0, 6)) for axis in axes]
-    return np.sum(waves, axis=0) + 0.1 * random.standard_normal(SHAPE)
-
-
-def write_sets(folder, count, same=False):
-    """Real volumes as scanners store them: few gray levels, oblique headers; generated ones as medvolume does."""
-    for name in ("real", "generated"):
-        (folder / name).mkdir(parents=True)
-    for number in range(count):
-        levels = np.round(60 + 12 * smooth(number)).astype(np.int16)
-        image = nib.Nifti1Image(levels, np.diag([-1.0, 1, 1, 1]))
-        image.header["descrip"] = b"scanner 12"
-        nib.save(image, folder / "real" / f"mrn_{number:02}.nii.gz")
-        values = levels[::-1] if same else 60 + 12 * smooth(1000 + number)
-        image = nib.Nifti1Image(np.asarray(values, np.float32), np.eye(4))
-        image.header["descrip"] = b"synthetic; medvolume"
-        nib.save(image, folder / "generated" / f"mrn_{number:02}_000.nii.gz")
-        (folder / "generated" / f"mrn_{number:02}_000.json").write_text('{"synthetic": true}')
-
-
-def study(folder, plan, look=LOOK, **settings):
-    cases = collect_cases([folder / "real"], {"generated": [folder / "generated"]}, None, 0)
-    key = create_study(cases, folder / "study", plan=plan, look=look, salt=b"s" * 32, **settings)
-    return folder / "study", key
 
 
 def voxels(path):
@@ -186,9 +155,95 @@ def test_wrong_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"repeats: 0\.5"):
         Plan(repeats=0.5)
     write_sets(tmp_path, 3)
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(ValueError, match=r"1 real, 1 generated.* --training than 4, or a larger --most"):
         study(tmp_path, Plan(1, 0, 4, 0.1, 0))
     with pytest.raises(ValueError, match="holds no volume"):
         collect_cases([tmp_path], {"generated": [tmp_path / "generated"]}, None, 0)
     with pytest.raises(ValueError, match="that name is taken"):
         collect_cases([tmp_path / "real"], {"real": [tmp_path / "generated"]}, None, 0)
+
+
+def test_order_cannot_be_rebuilt_without_the_salt():
+    """The seed is 0 unless it is given, so it must not be enough."""
+    cases = [StudyCase(f"c{i}", "", REAL) for i in range(20)]
+    cases += [StudyCase(f"c{i}_000", "", "generated", f"c{i}") for i in range(20)]
+
+    def shown(salt, reader):
+        items = order_cases(cases, Plan(3, 0, 4, 0.15, 6), salt)[reader]
+        return [item.cases for item in items]
+
+    for reader in ("reader_1", "reader_3"):
+        assert shown(b"salt", reader) == shown(b"salt", reader)
+        own, other = shown(b"salt", reader), shown(b"pepper", reader)
+        assert own != other
+        truth = [cases[numbers[0]].source for numbers in own], [cases[numbers[0]].source for numbers in other]
+        assert np.mean(np.array(truth[0]) == np.array(truth[1])) < 0.9
+
+
+def test_volumes_of_one_name_are_refused(tmp_path):
+    """Else one of them would disappear."""
+    write_sets(tmp_path, 3)
+    for other in ("more", "same"):
+        (tmp_path / other).mkdir()
+    image = nib.load(tmp_path / "real/mrn_01.nii.gz")
+    nib.save(image, tmp_path / "more/mrn_01.nii.gz")
+    generated = {"generated": [tmp_path / "generated"]}
+    with pytest.raises(ValueError, match=r"more/mrn_01.nii.gz: has the name of .*real/mrn_01.nii.gz.*rename"):
+        collect_cases([tmp_path / "real", tmp_path / "more"], generated, None, 0)
+    nib.save(image, tmp_path / "real/mrn_01.nii")
+    with pytest.raises(ValueError, match=r"mrn_01.nii.gz: has the name of .*mrn_01.nii, .*rename"):
+        collect_cases([tmp_path / "real"], generated, None, 0)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_one_folder_is_not_real_and_generated(tmp_path, linked):
+    write_sets(tmp_path, 3)
+    folder = tmp_path / "real"
+    if linked:
+        folder = tmp_path / "link"
+        folder.symlink_to(tmp_path / "real")
+    with pytest.raises(ValueError, match="is given by --real and by --generated generated; give each folder once"):
+        collect_cases([tmp_path / "real"], {"generated": [folder]}, None, 0)
+    with pytest.raises(ValueError, match="is given by --generated a and by --generated b"):
+        collect_cases([tmp_path / "real"], {name: [tmp_path / "generated"] for name in "ab"}, None, 0)
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    """macOS writes `._a.nii.gz` beside each file."""
+    write_sets(tmp_path, 3)
+    (tmp_path / "real/._mrn_00.nii.gz").write_bytes(b"Mac OS X")
+    cases = collect_cases([tmp_path / "real"], {"generated": [tmp_path / "generated"]}, None, 0)
+    assert len(cases) == 6
+
+
+@pytest.mark.parametrize("size", ["0", "nan", "-1", "inf"])
+def test_impossible_voxel_sizes_are_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        parse(["create", "--real", "a", "--generated", "b", "--output", "c", "--spacing", "1", size, "1"])
+    assert "--spacing" in capsys.readouterr().err
+
+
+def damaged(key, change):
+    content = json.loads(key.read_text())
+    change(content)
+    key.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda key: key["readers"]["reader_1"][0].update(cases=[999]), "shows case 999, of 12"),
+        (lambda key: key["readers"]["reader_1"][0].update(cases=["a"]), "shows case 'a'"),
+        (lambda key: key["readers"]["reader_1"][0].update(cases=[-1]), "shows case -1"),
+        (lambda key: key["readers"]["reader_1"][0].update(section="other"), "is no training case, volume or pair"),
+        (lambda key: key["cases"][0].update(source=5), "lacks a name, file or source"),
+        (lambda key: key.pop("readers"), "KeyError"),
+    ],
+)
+def test_damaged_keys_are_refused(tmp_path, change, said):
+    write_sets(tmp_path, 6)
+    folder, _ = study(tmp_path, Plan(1, 0, 0, 0, 0))
+    damaged(folder / KEY, change)
+    with pytest.raises(ValueError, match=f"is damaged .*{said}") as caught:
+        read_key(folder / KEY)
+    assert KEY in str(caught.value)

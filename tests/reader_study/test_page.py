@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_kit import study, write_sets
+from study_folders import study, write_sets
 
 from reader_study.answers import read_answers
 from reader_study.design import REAL, Plan

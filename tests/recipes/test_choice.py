@@ -106,6 +106,17 @@ def test_damaged_files_are_named_and_left_out(tmp_path):
     assert any("study-2_image.nii.gz" in text and "Git LFS" in text for text in survey.unsure)
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_images_of_one_value_are_no_masks(tmp_path, with_mask):
+    folder = made.pairs(tmp_path / "scans")
+    for path in folder.glob("*_image.nii.gz"):
+        made.save(np.zeros(nib.load(path).shape, np.float32), path)
+    for path in [] if with_mask else folder.glob("*_mask.nii.gz"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"image.*: all voxels of each file hold one value"):
+        survey_of(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "says"),
     [

@@ -69,6 +69,16 @@ def test_patches_are_multiples_within_the_smallest_volume():
     assert patch_shape(np.array([[5, 5, 5]]), [4, 4, 4], 10**6) == [12, 12, 12]  # padded
 
 
+def test_volumes_thinner_than_a_patch_are_said():
+    """32 x 32 x 1: the patch has 12 voxels along z, 11 of which are padding."""
+    plan = propose(facts(shapes=np.array([[32, 32, 1]] * 20)), CPU, Start(), quick=False)
+    depth = plan.vae["crops"]["shape"][2]
+    assert depth == 12 and "within" not in plan.why["vae.crops"] and "padded along z" in plan.why["vae.crops"]
+    assert any("fewer than a patch along z: 92%" in line for line in plan.unsure)
+    plan = propose(facts(shapes=np.array([[32, 32, 32]] * 20)), CPU, Start(), quick=False)
+    assert "within the smallest volume" in plan.why["vae.crops"] and not any("padding" in line for line in plan.unsure)
+
+
 def facts(**others):
     values = {
         "channels": ["image"], "kinds": ["percentile"], "labels": ["background", "a", "b"],

@@ -216,6 +216,15 @@ def is_volume(path: Path) -> bool:
     return path.is_file() or is_series(path)
 
 
+def is_volume_name(name: str) -> bool:
+    """Return whether a file is named as a volume is, and not hidden (as macOS's `._a.nii.gz`).
+
+    An .img file counts as part of its .hdr; .dcm is a slice.
+    """
+    lower = name.lower()
+    return lower.endswith(SUFFIXES) and not lower.startswith(".") and not lower.endswith((".dcm", ".img", ".img.gz"))
+
+
 def volume_stem(path: str | os.PathLike) -> str:
     """Return the name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; for DICOM that of the
     folder.
