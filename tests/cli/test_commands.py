@@ -27,11 +27,12 @@ HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotli
 MODULES = [
     "reader_study",
     "recipes",
+    "studio",
     "evaluation.doctor",
     "evaluation.copies.fingerprints",
     "evaluation.data.label_budget",
 ]
-PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "evaluation.doctor")  # those of MODULES that are packages
+PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "studio", "evaluation.doctor")  # those of MODULES that are packages
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
