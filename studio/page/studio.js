@@ -58,10 +58,10 @@ class Pane {
     this.shows = "";
     this.turn = Promise.resolve(); // one change after the other
     this.nv = new Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.75, 1, 0.8], crosshairWidth: 0.6, fontColor: [0.75, 0.78, 0.82, 1],
+      backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.75, 1, 0.8], crosshairWidth: 0.25, fontColor: [0.75, 0.78, 0.82, 1],
       isRadiologicalConvention: true, multiplanarShowRender: 1, multiplanarLayout: 2, multiplanarEqualSize: false,
       dragAndDropEnabled: false, isColorbar: false, loadingText: "", clipPlaneHotKey: "", viewModeHotKey: "",
-      cycleClipPlaneHotKey: "", dragMode: 1, show3Dcrosshair: true, textHeight: 0.035, isResizeCanvas: true,
+      cycleClipPlaneHotKey: "", dragMode: 1, show3Dcrosshair: true, fontMinPx: 12, fontSizeScaling: 0.3, isResizeCanvas: true,
       drawingEnabled: false, logLevel: "warn", tileMargin: 2, renderOverlayBlend: 1,
     });
     this.nv.onLocationChange = (location) => this.where(location);
@@ -219,6 +219,7 @@ async function showLeft(key) {
   const [kind, under] = key.split(":");
   if (kind === "result") {
     await showResult(left, state.results.get(under), 0);
+    $("no-mask").hidden = true;
   } else {
     if (!state.mask) return;
     const bytes = undo.now ?? await askBytes(`/api/masks/${state.mask.id}/drawing`);
@@ -316,9 +317,11 @@ function lists() {
   const used = new Set([...state.masks.values()].map((mask) => mask.name));
   options($("mask"), [
     ["This session", [...state.masks.values()].map((mask) => [`mask:${mask.id}`, mask.name])],
+    ["Without", model.mask === "optional" ? [["none", "No mask"]] : []],
     ["Examples", model.examples.map((one, number) => [`example:${number}`, one.name]).filter(([, name]) => !used.has(name))],
   ], true);
-  if (state.mask) $("mask").value = `mask:${state.mask.id}`;
+  $("mask").value = state.mask ? `mask:${state.mask.id}` : "none";
+  showConditions();
   const images = [...state.images.values()].filter(fits), shown = left.shows;
   options($("left"), [
     ["Paint", state.mask ? [["paint", "Paint the mask"]] : []],
@@ -405,11 +408,15 @@ async function thumbnail(canvas, result) {
 // ---- masks and files
 
 async function chooseMask(mask) {
-  state.masks.set(mask.id, mask);
+  keepStroke();
+  if (mask) state.masks.set(mask.id, mask);
   state.mask = mask;
   undo.now = null;
+  if (mask) left.shows = "";
   lists();
-  await showLeft("paint");
+  $("no-mask").hidden = mask !== null;
+  if (mask) await showLeft("paint");
+  else setTool(state.tool);
 }
 
 async function upload(files) {
@@ -484,11 +491,17 @@ function conditionFields() {
   if (model.mask !== "required" && !model.draws_shape) {
     const field = document.createElement("span");
     field.append(...model.shape.map((side, axis) => Object.assign(document.createElement("input"),
-      { type: "number", min: 1, step: 1, value: side, title: "XYZ"[axis], className: "side" })));
+      { type: "number", min: 1, step: 1, value: side, title: ["to the right", "to the front", "upward"][axis], className: "side" })));
     add("voxels", field);
   }
   $("condition-fields").replaceChildren(fields);
-  $("conditions").hidden = !fields.children.length;
+}
+
+// The number of voxels is asked for where no mask sets it.
+function showConditions() {
+  const field = $("condition-voxels"), fields = $("condition-fields").firstChild;
+  if (field) field.hidden = field.previousSibling.hidden = state.mask !== null;
+  $("conditions").hidden = ![...fields.children].some((one) => !one.hidden);
 }
 
 function conditions() {
@@ -615,6 +628,7 @@ function listen() {
   $("mask").onchange = doing(async () => {
     const [kind, id] = $("mask").value.split(":");
     if (kind === "mask") return chooseMask(state.masks.get(id));
+    if (kind === "none") return chooseMask(null);
     const example = state.model.examples[Number(id)];
     for (const [name, value] of [...Object.entries(example.classes), ...Object.entries(example.numbers)]) {
       if ($(`condition-${name}`)) $(`condition-${name}`).value = value;
@@ -698,6 +712,7 @@ async function begin() {
     setLabel(1);
     setTool("pen");
   } else {
+    await chooseMask(null);
     say("Generate a volume.");
   }
   const newest = [...state.results.values()].at(-1);
