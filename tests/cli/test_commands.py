@@ -66,7 +66,7 @@ MODULES += [
 ]
 MODULES += [
     f"tools.{name}"
-    for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")
+    for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship", "studio_pictures")
 ]
 SCRIPTS = [
     "convert.py",

@@ -1,4 +1,4 @@
-"""The studio's server without a browser: who may use it, masks on their own grids, the queue, and what is downloaded."""
+"""The studio's server without a browser: who may use it, masks on their own grids, the queue, the downloads."""
 
 import gzip
 import io
@@ -14,56 +14,32 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from studios import TOKEN, RunningStudio, save_tiny_pipeline
 from tiny import labels_of, mask_image, tiny_pipeline
-
-pytest.importorskip("starlette", reason="needs the extra studio")
-from starlette.testclient import TestClient
 
 import generate as generate_command
 from diffusion import LatentUNet3D
 from medvolume import MedVolumePipeline
-from studio.app import Studio, make_app
-from studio.guard import allowed_hosts, is_loopback
-from studio.session import Sessions
-from studio.worker import Worker
 from volumes import Volume, write_dicom
 
-TOKEN = "a-token"
+testclient = pytest.importorskip("starlette.testclient", reason="needs the extra studio")
 CODES = {0: 0, 2: 1, 5: 2}  # of the tiny pipeline's labels
+STUB = "export const Niivue = 0;\n"  # for the viewer, which these tests do not need
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """The folder of a tiny pipeline with its own settings and one example."""
-    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    (folder / "sampling.json").write_text(json.dumps({"num_inference_steps": 3}))
-    (folder / "masks").mkdir()
-    nib.save(mask_image((8, 10, 12)), folder / "masks" / "first.nii.gz")
-    (folder / "examples.csv").write_text("mask\nmasks/first.nii.gz\n")
-    return folder
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
 
 
-class Studios:
-    """A studio of a pipeline, and browsers that have its token."""
+class Studios(RunningStudio):
+    """A studio, and browsers that have its token."""
 
     def __init__(self, pipeline, folder, **settings):
-        def load():
-            pipe = MedVolumePipeline.from_pretrained(pipeline)
-            pipe.set_progress_bar_config(disable=True)
-            return pipe
-
-        folder.mkdir(exist_ok=True)
-        self.failures = []
-        self.worker = Worker(load, self.failures.append)
-        self.studio = Studio(
-            str(pipeline), self.worker, Sessions(folder), TOKEN, niivue="export const Niivue = 0;\n", **settings
-        )
-        self.app = make_app(self.studio)
-        assert self.worker.loaded.wait(60), self.failures
+        super().__init__(pipeline, folder, niivue=STUB, **settings)
 
     def browser(self):
-        client = TestClient(self.app, base_url="http://127.0.0.1:7860")
+        client = testclient.TestClient(self.app, base_url="http://127.0.0.1:7860")
         assert client.get(f"/?token={TOKEN}").status_code == 200
         return client
 
@@ -126,17 +102,17 @@ def unpacked(client, path, folder):
 
 
 def test_nothing_is_served_without_the_token(studio):
-    client = TestClient(studio.app, base_url="http://127.0.0.1:7860")
+    client = testclient.TestClient(studio.app, base_url="http://127.0.0.1:7860")
     paths = ["/", "/studio.js", "/niivue.js", "/api/state", "/?token=", "/?token=wrong", "/api/state?token=" + TOKEN]
     assert {path: client.get(path).status_code for path in paths} == dict.fromkeys(paths, 403)
     assert client.post("/api/uploads").status_code == 403
     client.cookies.set("medvolume_studio", "made-up")
     assert client.get("/api/state").status_code == 403
-    assert studio.studio.sessions.open == {}
+    assert studio.sessions.open == {}
 
 
 def test_the_token_leaves_the_address(studio):
-    client = TestClient(studio.app, base_url="http://127.0.0.1:7860", follow_redirects=False)
+    client = testclient.TestClient(studio.app, base_url="http://127.0.0.1:7860", follow_redirects=False)
     answer = client.get(f"/?token={TOKEN}")
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
     assert {"httponly", "samesite=strict"} <= set(answer.headers["set-cookie"].lower().split("; "))
@@ -152,6 +128,8 @@ def test_other_hosts_and_other_pages_are_refused(studio, browser):
 
 
 def test_hosts_by_the_address_that_is_listened_at():
+    from studio.guard import allowed_hosts, is_loopback
+
     assert allowed_hosts("127.0.0.1") == ["127.0.0.1", "localhost", "::1"]
     assert allowed_hosts("10.0.0.5")[0] == "10.0.0.5" and allowed_hosts("0.0.0.0") == ["*"]
     assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "0.0.0.0", "10.0.0.5")] == [
@@ -267,7 +245,7 @@ def test_wrong_files_are_refused_by_our_readers(browser, studio, name, data, mes
     data = data if isinstance(data, bytes) else data.to_bytes()
     answer = browser.post("/api/masks", json={"upload": upload(browser, **{name: data})})
     assert answer.status_code == 400 and message in answer.json()["error"]
-    assert str(studio.studio.sessions.folder) not in answer.json()["error"]
+    assert str(studio.sessions.folder) not in answer.json()["error"]
 
 
 @pytest.mark.parametrize("name", ["", ".hidden.nii.gz", "..", "a/..", "x\x00y.nii", "n" * 300 + ".nii.gz"])
@@ -275,7 +253,7 @@ def test_names_that_are_none_are_refused(browser, studio, name):
     number = browser.post("/api/uploads").json()["upload"]
     answer = browser.put(f"/api/uploads/{number}", params={"name": name}, content=b"x")
     assert answer.status_code == 400 and answer.json()["error"]
-    assert [path for path in studio.studio.sessions.folder.rglob("*") if path.is_file()] == []
+    assert [path for path in studio.sessions.folder.rglob("*") if path.is_file()] == []
 
 
 def test_uploads_are_limited(pipeline, tmp_path):
@@ -290,11 +268,11 @@ def test_uploads_are_limited(pipeline, tmp_path):
     client = studio.browser()
     number = client.post("/api/uploads").json()["upload"]
     archive = packed.getvalue()
-    studio.studio.sessions.find(client.cookies["medvolume_studio"]).used = -len(archive)  # room for it, not its content
+    studio.sessions.find(client.cookies["medvolume_studio"]).used = -len(archive)  # room for it, not its content
     assert client.put(f"/api/uploads/{number}", params={"name": "b.zip"}, content=archive).status_code == 200
     answer = client.post("/api/masks", json={"upload": number})
     assert answer.status_code == 413 and "holds more than" in answer.json()["error"]
-    left = [path.name for path in studio.studio.sessions.folder.rglob("*") if path.is_file()]
+    left = [path.name for path in studio.sessions.folder.rglob("*") if path.is_file()]
     assert sorted(left) == ["a.nii", "b.zip"]
     studio.worker.close()
 
@@ -358,11 +336,11 @@ def test_two_sessions_know_nothing_of_each_other(studio):
         for client, result in zip((one, other), results, strict=True)
     ]
     assert volumes[0] != volumes[1]
-    folders = set(studio.studio.sessions.folder.iterdir())
+    folders = set(studio.sessions.folder.iterdir())
     assert len(folders) == 2
     one.delete("/api/session")
     assert one.get("/api/state").status_code == 403
-    assert len(set(studio.studio.sessions.folder.iterdir())) == 1
+    assert len(set(studio.sessions.folder.iterdir())) == 1
     assert other.get("/api/state").status_code == 200
 
 
@@ -465,7 +443,7 @@ def test_the_collection_is_downloaded(browser, tmp_path):
 def test_idle_sessions_end_with_their_files(studio):
     client = studio.browser()
     mask_of(client, mask_image((6, 5, 4)))
-    sessions = studio.studio.sessions
+    sessions = studio.sessions
     sessions.end_idle()
     assert client.get("/api/state").status_code == 200
     next(iter(sessions.open.values())).last -= 13 * 3600
@@ -503,3 +481,14 @@ def conditioned(folder, stats):
     unet = LatentUNet3D.from_config({key: value for key, value in config.items() if not key.startswith("_")})
     data = {**base.data.to_json(), "classes": {"sex": ["F", "M"]}, "numbers": {"age": stats}}
     MedVolumePipeline(base.vae, unet.eval(), base.scheduler, data).save_pretrained(folder)
+
+
+def test_a_package_of_another_layout_is_refused(tmp_path):
+    from studio.niivue import with_export
+
+    file = tmp_path / "widget.js"
+    file.write_text('if(!v){console.log("Creating new Niivue instance");let B=A.get("opts")??{};v=new t2(B)}')
+    assert with_export(file).endswith("\nexport{t2 as Niivue};\n")
+    file.write_text("export default 1")
+    with pytest.raises(ValueError, match=r"another layout than the studio knows; pip install ipyniivue==2\.4\.4"):
+        with_export(file)
