@@ -14,7 +14,8 @@
 - **Sessions are apart.** Each browser has a folder of its own below a temporary one, which goes with the session, and
   all go with the server.
 
-Modules: `niivue` (the viewer), `labels` (bytes of a drawing), `uploads` (what users send), `session` (masks, images and
-results of one browser), `worker` (the queue), `again` (copy as Python, copy as command), `downloads` (archives), `guard`
-(token and cookie), `app` (the routes), `server` (start and end).
+Modules: `niivue` (the viewer), `labels` (bytes of a drawing), `views` (volumes for the viewer), `uploads` (what users
+send), `session` (masks, images and results of one browser), `inputs` (what the page asks for), `worker` (the queue),
+`again` (copy as Python, copy as command), `downloads` (archives), `guard` (token and cookie), `app` (the routes),
+`server` (start and end).
 """

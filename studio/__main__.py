@@ -3,9 +3,9 @@
     medvolume studio --pipeline weights/hippocampus
     medvolume studio --pipeline shipped:hippocampus --port 8000
 
-Open the address that it prints: it holds a token, without which nothing is served. Only this machine can reach the page,
-unless --host says otherwise. Each browser has a session of its own; its files lie in a temporary folder, and are removed
-when it ends, or the studio. docs/studio.md shows the page.
+Open the address that it prints: it holds a token, without which nothing is served. Only this machine can reach the
+page, unless --host says otherwise. Each browser has a session of its own. Its files lie in a temporary folder, and are
+removed when the session ends, or the studio. docs/studio.md shows the page.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import csv
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.inputs.request import VolumeRequest
@@ -24,6 +24,13 @@ def as_python(pipeline: str, request: VolumeRequest, record: GenerationRecord, n
         arguments["mask"] = file_name(request.mask)
     elif not request.images and request.shape is not None:
         arguments["shape"] = list(request.shape)
+    edit = request.edit
+    if edit is not None:
+        images = {channel: file_name(image) for channel, image in edit.images.items()}
+        arguments["image"] = images if len(images) > 1 else next(iter(images.values()))
+        arguments["region"] = file_name(edit.region)
+        if edit.strength != 1:
+            arguments["strength"] = edit.strength
     if record.classes:
         arguments["classes"] = dict(record.classes)
     if request.numbers:
@@ -31,6 +38,7 @@ def as_python(pipeline: str, request: VolumeRequest, record: GenerationRecord, n
     if request.images:
         arguments["image"] = {channel: file_name(image) for channel, image in request.images.items()}
     arguments |= given_settings(record, "num_inference_steps", "guidance_scale")
+    kind = "MedVolumePipeline" if edit is None else "MedVolumeEditPipeline"
     lines = [f"    {key}={value!r}," for key, value in arguments.items()]
     lines += [f"    generator=[torch.Generator().manual_seed({record.seed})],", f'    paths="{name}_again.nii.gz",']
     return "\n".join(
@@ -39,7 +47,7 @@ def as_python(pipeline: str, request: VolumeRequest, record: GenerationRecord, n
             "",
             "import medvolume",
             "",
-            f"pipe = medvolume.MedVolumePipeline.from_pretrained({pipeline!r})",
+            f"pipe = medvolume.{kind}.from_pretrained({pipeline!r})",
             "pipe(",
             *lines,
             ")",
@@ -49,14 +57,18 @@ def as_python(pipeline: str, request: VolumeRequest, record: GenerationRecord, n
 
 
 def as_command(pipeline: str, request: VolumeRequest, record: GenerationRecord, seed: int) -> str:
-    """Return the command that makes the volume again, run in the folder of its mask and images (and of the table of
-    `table_of`, where it names one)."""
-    words = ["medvolume", "generate", "--pipeline", pipeline]
-    if table_of(request):
+    """Return the command that makes the volume again, run in the folder of its mask and images.
+
+    Where it names a table, that is `table_of`.
+    """
+    words = ["medvolume", "generate" if request.edit is None else "edit", "--pipeline", pipeline]
+    if request.edit is not None:
+        words += ["--edits", TABLE]
+    elif table_of(request):
         words += ["--conditions", TABLE]
     elif request.mask is not None:
         words += ["--masks", file_name(request.mask)]
-    if request.mask is None and not request.images and request.shape is not None:
+    if request.mask is None and not request.files and request.shape is not None:
         words += ["--shape", *map(str, request.shape)]
     words += ["--output", "again", "--seed", str(seed)]
     for option, value in zip(
@@ -72,9 +84,13 @@ def as_command(pipeline: str, request: VolumeRequest, record: GenerationRecord, 
 
 
 def table_of(request: VolumeRequest) -> str:
-    """Return the table of conditions of a request, for `--conditions`; "" for one that has only a mask or a shape."""
+    """Return the table of a request, for `--conditions` or `--edits`; "" for one that has only a mask or a shape."""
     images = {channel: file_name(image) for channel, image in request.images.items()}
-    conditions: Mapping[str, object] = {**request.classes, **request.numbers, **images}
+    conditions: dict[str, object] = {**request.classes, **request.numbers, **images}
+    if (edit := request.edit) is not None:
+        images = {channel: file_name(image) for channel, image in edit.images.items()}
+        conditions |= images if len(images) > 1 else {"image": next(iter(images.values()))}
+        conditions |= {"region": file_name(edit.region), "strength": edit.strength}
     if not conditions:
         return ""
     row = {} if request.mask is None else {"mask": file_name(request.mask)}

@@ -23,7 +23,7 @@ from volumes import read_volume
 from .again import as_command, as_python, table_of
 from .downloads import DATASET, accepted, write_nnunet, write_pairs
 from .guard import Guard, allowed_hosts
-from .inputs import Page, request_of, sampling_of
+from .inputs import Change, Page, edit_of, number, request_of, sampling_of
 from .labels import drawing
 from .niivue import niivue_module
 from .session import Session, Sessions, StudioResult, mask_drawing, without_voxels
@@ -259,13 +259,33 @@ async def start_job(request: Request) -> Response:
     images = {str(channel): found(session.images, key, "image").file for channel, key in given.items()}
     wanted = request_of(page, body, mask, images)
     sampling, seed = sampling_of(page, body)
+    change = change_of(session, body)
+    if change is not None and mask is None:
+        raise ValueError("an edit needs a mask; choose one")
 
     def work(_: object, job: Job) -> StudioResult:
-        folder = session.new_folder("results")
-        made = generate(page.pipe, wanted, sampling, seed, folder, job)
+        folder, pipe, request = session.new_folder("results"), page.pipe, wanted
+        if change is not None and mask is not None:
+            pipe, request = page.editor, edit_of(page, session, wanted, mask, change, sampling)
+        made = generate(pipe, request, sampling, seed, folder, job)
         return keep_result(session, page, made, seed, None if mask is None else mask.id, job)
 
     return JSONResponse(job_json(studio.worker, studio.worker.submit(session.id, work)), 202)
+
+
+def change_of(session: Session, body: Mapping[str, object]) -> Change | None:
+    """Return the edit that the page asks for; None where everything is generated.
+
+    Raises: ValueError for what is no edit.
+    """
+    asked = body.get("edit")
+    if asked is None:
+        return None
+    if not isinstance(asked, dict):
+        raise ValueError("an edit is an object of result and strength")
+    strength = asked.get("strength")
+    result = found(session.results, asked.get("result"), "volume")
+    return Change(result, None if strength is None else number(strength, "strength"))
 
 
 def keep_result(session: Session, page: Page, made: Generated, seed: int, mask: str | None, job: Job) -> StudioResult:

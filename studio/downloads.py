@@ -57,8 +57,10 @@ def write_nnunet(results: Sequence[StudioResult], data: DataDescription, work: P
 
 
 def renamed(result: StudioResult, number: int, folder: Path) -> FinishedVolume:
-    """Copy a result under a name of its own: two volumes of one mask have one name, as each is the first of its
-    command."""
+    """Copy a result under a name of its own.
+
+    Two volumes of one mask have one name, as each is the first of its command.
+    """
     folder.mkdir(exist_ok=True)
     name = f"{result.request.name}_{number:03d}"
     path = folder / f"{name}.nii.gz"

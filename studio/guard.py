@@ -97,8 +97,10 @@ def is_loopback(host: str) -> bool:
 
 
 def allowed_hosts(host: str) -> list[str]:
-    """Return the names by which browsers may call the server, for starlette's TrustedHostMiddleware: other names are
-    those of pages that lead a browser here behind its back."""
+    """Return the names by which browsers may call the server, for starlette's TrustedHostMiddleware.
+
+    Other names are those of pages that lead a browser here behind its back.
+    """
     if host in ("0.0.0.0", "::"):  # every address of the machine, whose names nobody knows here
         return ["*"]
     return list(dict.fromkeys([host, *LOOPBACK]))

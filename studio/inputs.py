@@ -2,19 +2,24 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.base import VolumePipeline
+from pipelines.edit_pipeline import MedVolumeEditPipeline
+from pipelines.inputs.edit_files import EditRow, row_request
+from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from pipelines.inputs.request import VolumeRequest
 from pipelines.inputs.request_files import read_requests
 from pipelines.sampling import DEFAULTS, SamplingConfig
-from volumes import Volume
+from volumes import PADDING, Volume, write_volume
+from volumes.lesions import REGION_MARGIN_MM, grown
 
 from .labels import OUTSIDE_CODE, UNKNOWN_CODE, LabelCodes
-from .session import StudioMask
+from .session import Session, StudioMask, StudioResult, model_mask
 
 EXAMPLES = "examples.csv"  # in the folder of a pipeline
 MOST_SEED = 2**53 - 1  # what JavaScript counts to
@@ -47,6 +52,13 @@ class Page:
         if type(number) is not int or not 0 <= number < len(self.examples):
             raise ValueError(f"there is no example {str(number)[:20]}; the pipeline has {len(self.examples)}")
         return Path(str(self.examples[number].mask))
+
+    @cached_property
+    def editor(self) -> MedVolumeEditPipeline:
+        """The pipeline that edits images, with the same components."""
+        editor = MedVolumeEditPipeline.from_pipe(self.pipe)
+        editor.set_progress_bar_config(disable=True)
+        return editor
 
     @property
     def usual_shape(self) -> tuple[int, int, int]:
@@ -91,6 +103,7 @@ class Page:
             "guidance": own.get("guidance_scale", DEFAULTS["guidance_scale"]),
             "guides": bool(rates),
             "maps": self.map_codes is not None,
+            "edits": config["num_labels"] > 0 and not config["images"] and data.crop is None,
             "shape": list(self.usual_shape),
             "draws_shape": data.maps is not None,
             "examples": [
@@ -112,6 +125,61 @@ def request_of(
         numbers={key: number(value, key) for key, value in entries(body, "numbers").items()},
         images=images,
         name=name if mask is None else mask.name,
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What of a result is generated again: the surroundings of what was painted differently since.
+
+    Attributes:
+        strength: in (0, 1], how much is changed there; None for all.
+    """
+
+    result: StudioResult
+    strength: float | None
+
+
+def edit_of(
+    page: Page, session: Session, wanted: VolumeRequest, mask: StudioMask, change: Change, sampling: SamplingConfig
+) -> VolumeRequest:
+    """Return the request that changes a result to fit another mask, and keeps the rest of it.
+
+    The region is where the masks differ, and `REGION_MARGIN_MM` around it, as for `medvolume edit --insert`.
+
+    Raises: ValueError for a result without a mask, on another grid, or whose mask is the same.
+    """
+    result = change.result
+    before = None if result.mask is None else session.masks.get(result.mask)
+    if before is None:
+        raise ValueError(f"#{result.number} has no mask, so nothing says what is to change; generate from a mask first")
+    old, new = (model_mask(one.file, page.pipe) for one in (before, mask))
+    if old.shape != new.shape or not np.allclose(old.affine, new.affine, atol=1e-3):
+        raise ValueError(f"#{result.number} lies on another grid than the mask; start from its mask, {before.name}")
+    changed = old.array[0] != new.array[0]
+    if not changed.any():
+        raise ValueError(f"the mask is that of #{result.number}; paint what is to change")
+    region = grown(changed, REGION_MARGIN_MM, new.spacing) & (new.array[0] != PADDING)
+    file = session.new_folder("regions") / f"{mask.name}_region.nii.gz"
+    write_volume(new.replace(region[None].astype(np.uint8)), file)
+    channels = page.pipe.data.channels
+    row = EditRow(
+        dict(zip(channels, result.files, strict=True)),
+        mask.file,
+        file,
+        change.strength,
+        wanted.classes,  # pyright: ignore[reportArgumentType]
+        wanted.numbers,
+        mask.name,
+    )
+    return row_request(
+        row,
+        page.pipe.data,
+        steps=sampling.filled(page.pipe.sampling_settings).steps,
+        strength=None,
+        blend_margin=BLEND_MARGIN_MM,
+        keep_channels=(),
+        label_map={},
     )
 
 

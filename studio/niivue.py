@@ -1,4 +1,4 @@
-"""NiiVue, the viewer of the page, as the package ipyniivue has it: one file of JavaScript, which is served from there."""
+"""NiiVue, the viewer of the page: one file of JavaScript in the package ipyniivue, which is served from there."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version

@@ -15,9 +15,10 @@ from pipelines.pipeline import MedVolumePipeline
 
 NEEDED = ("starlette", "uvicorn", "ipyniivue")
 RISK = """
-This is not only for this machine: whoever reaches {host} and knows the token uses this computer, uploads files to it,
-and sees nothing of other sessions. The connection is not encrypted, so others on the network can read token and volumes.
-On a machine that you reach by ssh, leave --host out and forward the port: ssh -L {port}:127.0.0.1:{port} MACHINE
+Caution: with --host {host} other machines reach the studio. Whoever knows the token can use this computer for
+generation, and upload files to it. The connection is not encrypted: others on the network can read token, masks and
+volumes. To use the studio of a machine that you reach by ssh, leave out --host and forward the port:
+    ssh -L {port}:127.0.0.1:{port} MACHINE
 """
 
 

@@ -103,6 +103,7 @@ class StudioResult:
             "classes": self.record.classes or {},
             "numbers": self.record.numbers or {},
             "channels": list(self.record.channels or []),
+            "edited": self.record.edit is not None,
             "seconds": round(self.seconds, 2),
             "warnings": self.warnings,
             "maps": self.maps,

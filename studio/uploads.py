@@ -65,6 +65,7 @@ def plain_name(name: str) -> str:
 
 def uploaded_volume(folder: Path, most: int) -> Path:
     """Return what of an upload a reader is given: its file, the header of two files, or the folder of a DICOM series.
+
     A single zip is unpacked first.
 
     Args:
@@ -123,4 +124,4 @@ def unpack(archive: Path, folder: Path, most: int) -> None:
 def _is_hidden(name: str) -> bool:
     """Return whether an entry is what systems leave beside files, such as .DS_Store and __MACOSX/."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return any(part.startswith(".") and part not in ("..", ".") or part == "__MACOSX" for part in parts)
+    return any((part.startswith(".") and part not in ("..", ".")) or part == "__MACOSX" for part in parts)

@@ -7,9 +7,9 @@ from volumes import Volume
 
 
 def view_bytes(volume: Volume) -> bytes:
-    """Return the first channel of a volume as an uncompressed NIfTI file on a straight grid in RAS+ order: the voxel
-    size of the volume, without its origin and its obliqueness.
+    """Return the first channel of a volume as an uncompressed NIfTI file on a straight grid in RAS+ order.
 
+    The grid has the voxel size of the volume, but neither its origin nor its obliqueness.
     The viewer has nothing to permute or to flip then, so that the bytes of a drawing on it mean our own voxels.
     """
     straight = np.diag([*volume.spacing, 1.0])

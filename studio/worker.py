@@ -17,8 +17,8 @@ import torch
 
 from cli.command import users_message
 from pipelines.base import VolumePipeline
-from pipelines.checks.label_map import map_check
 from pipelines.call import StepEnd
+from pipelines.checks.label_map import map_check
 from pipelines.inputs.request import VolumeRequest
 from pipelines.pipeline import MedVolumePipeline
 from pipelines.planning import PlannedVolume, check_memory, plan_volumes, prepared_volumes, volume_seed

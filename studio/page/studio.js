@@ -122,7 +122,7 @@ function link() {
   right.nv.broadcastTo(together ? [left.nv] : [], { "2d": true, "3d": true });
 }
 
-const colorOf = (code) => COLORS[(code - 1) % COLORS.length];
+const colorOf = (code) => (code >= state.model.unknown ? "#8a8f98" : COLORS[(code - 1) % COLORS.length]);
 const labelName = (code) =>
   code === state.model.outside ? "outside the field of view"
     : code === state.model.unknown ? "unknown" : state.model.labels[code]?.name ?? "";
@@ -130,7 +130,7 @@ const labelName = (code) =>
 function lut() {
   const channels = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
   for (let code = 1; code < 256; code++) {
-    const value = parseInt((code >= state.model.unknown ? "#8a8f98" : colorOf(code)).slice(1), 16);
+    const value = parseInt(colorOf(code).slice(1), 16);
     channels.R.push(value >> 16); channels.G.push((value >> 8) & 255); channels.B.push(value & 255);
     channels.A.push(255); channels.I.push(code); channels.labels.push("");
   }
@@ -293,10 +293,32 @@ async function blink() {
   $("blink").setAttribute("aria-pressed", "true");
 }
 
+// The right volume minus the left one, in the right view: gray is no difference.
+async function difference() {
+  if (right.shows === "difference") return showRight($("right").value);
+  if (!canBlink()) throw new Error("Choose another volume of the same grid in the left view first.");
+  stopBlinking();
+  const channel = Number($("channel").value || 0), mine = state.results.get(shownId(right));
+  const [a, b] = await Promise.all([left, right].map((pane) => askBytes(`/api/results/${shownId(pane)}/view?channel=${channel}`)));
+  const values = new Float32Array(b.buffer, NIFTI_OFFSET), other = new Float32Array(a.buffer, NIFTI_OFFSET);
+  let most = 0;
+  for (let at = 0; at < values.length; at++) {
+    values[at] -= other[at];
+    most = Math.max(most, Math.abs(values[at]));
+  }
+  const url = URL.createObjectURL(new Blob([b]));
+  await right.show("difference", mine, [{ url, window: [-most || -1, most || 1] }], null);
+  URL.revokeObjectURL(url);
+  $("difference").setAttribute("aria-pressed", "true");
+  say(most ? `#${mine.number} minus the left one: up to ${most.toPrecision(3)}` : "The two volumes are equal.");
+  markCards();
+}
+
 function stopBlinking() {
   clearInterval(state.blinking);
   state.blinking = null;
   $("blink").setAttribute("aria-pressed", "false");
+  $("difference").setAttribute("aria-pressed", "false");
 }
 
 // ---- lists
@@ -334,6 +356,11 @@ function lists() {
   if (shown) $("left").value = shown;
   options($("right"), results.length ? results.map((result) => [result.id, title(result)]) : [["", "No volume yet"]]);
   if (shownId(right)) $("right").value = shownId(right);
+  const bases = state.mask ? results.filter((result) => result.mask && fits(result)) : [], chosen = $("edit").value;
+  options($("edit"), [["", "Everything"], ...bases.map((result) => [result.id, `Keep #${result.number} but for my changes`])]);
+  $("edit").value = bases.some((result) => result.id === chosen) ? chosen : "";
+  $("editing").hidden = !model.edits;
+  $("strength-field").hidden = $("edit").value === "";
   $("save-mask").href = state.mask ? `/api/masks/${state.mask.id}/file` : "";
   const accepted = results.filter((result) => result.accepted).length;
   $("accepted").textContent = accepted;
@@ -345,6 +372,7 @@ function markCards() {
   document.querySelectorAll(".card").forEach((card) =>
     card.classList.toggle("shown", [shownId(left), shownId(right)].includes(card.dataset.id)));
   $("blink").disabled = !canBlink();
+  $("difference").disabled = !canBlink() && right.shows !== "difference";
 }
 
 function addCard(result) {
@@ -358,7 +386,7 @@ function addCard(result) {
   const [name, ...lines] = card.querySelectorAll("b, small");
   name.textContent = `#${result.number} ${result.name.replace(/_000$/, "")}`;
   lines[0].textContent = `seed ${result.seed} · ${result.steps} steps`;
-  lines[1].textContent = `${result.seconds.toFixed(1)} s${guidance}`;
+  lines[1].textContent = `${result.seconds.toFixed(1)} s${result.edited ? " · edited" : guidance}`;
   card.title = [title(result), ...result.warnings].join("\n");
   card.querySelector("a").href = `/api/results/${result.id}/download`;
   const show = doing(() => showRight(result.id));
@@ -537,6 +565,7 @@ async function generate() {
         if (shown.startsWith("paint")) left.shows = shown;
       }
       body.mask = mask.id;
+      if ($("edit").value) body.edit = { result: $("edit").value, strength: numberIn($("strength")) };
     } else {
       const sides = [...document.querySelectorAll(".side")].map(numberIn);
       if (sides.length) body.shape = sides;
@@ -591,7 +620,7 @@ async function cancel() {
 const KEYS = {
   p: () => setTool("pen"), f: () => setTool("fill"), e: () => setTool("erase"), v: () => setTool("move"),
   "[": () => setSize(Number($("size").value) - 1), "]": () => setSize(Number($("size").value) + 1),
-  i: () => fillBetween(), g: () => generate(), escape: () => cancel(), r: () => dice(), k: () => blink(),
+  i: () => fillBetween(), g: () => generate(), escape: () => cancel(), r: () => dice(), k: () => blink(), d: () => difference(),
   m: () => toggleOverlay(), "?": () => $("keys").showModal(),
 };
 
@@ -625,6 +654,7 @@ function listen() {
   on("generate", generate);
   on("cancel", cancel);
   on("blink", blink);
+  on("difference", difference);
   $("mask").onchange = doing(async () => {
     const [kind, id] = $("mask").value.split(":");
     if (kind === "mask") return chooseMask(state.masks.get(id));
@@ -635,6 +665,7 @@ function listen() {
     }
     await chooseMask((await askJson("POST", "/api/masks", { example: Number(id) })).mask);
   });
+  $("edit").onchange = () => ($("strength-field").hidden = $("edit").value === "");
   $("left").onchange = doing(() => showLeft($("left").value));
   $("right").onchange = doing(() => showRight($("right").value));
   $("channel").onchange = doing(() => showRight(shownId(right)));
@@ -688,7 +719,8 @@ async function begin() {
   $("guidance").disabled = !model.guides;
   $("seed").value = 0;
   $("masks").hidden = $("paint").hidden = model.mask === "none";
-  $("labels").replaceChildren(...model.labels.slice(1).map(({ code, name }) => {
+  const unknown = model.partial ? [{ code: model.unknown, name: "unknown: the model chooses" }] : [];
+  $("labels").replaceChildren(...[...model.labels.slice(1), ...unknown].map(({ code, name }) => {
     const button = document.createElement("button");
     button.dataset.code = code;
     button.setAttribute("role", "radio");

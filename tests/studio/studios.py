@@ -1,6 +1,7 @@
 """A studio of a tiny pipeline, for the tests of its server and of its page."""
 
 import json
+from functools import cache
 
 import nibabel as nib
 from tiny import mask_image, tiny_pipeline
@@ -23,19 +24,22 @@ def save_tiny_pipeline(folder):
 
 
 class RunningStudio:
-    """A studio whose model is loaded. `failures` are faults of its worker."""
+    """A studio of the pipeline in a folder, whose model is loaded. `failures` are faults of its worker."""
 
     def __init__(self, pipeline, folder, **settings):
         from studio.app import Studio, make_app  # here: starlette is of an extra
 
-        def load():
-            pipe = MedVolumePipeline.from_pretrained(pipeline)
-            pipe.set_progress_bar_config(disable=True)
-            return pipe
-
         folder.mkdir(exist_ok=True)
         self.failures = []
-        self.worker = Worker(load, self.failures.append)
+        self.worker = Worker(lambda: loaded(pipeline), self.failures.append)
         self.sessions = Sessions(folder)
         self.app = make_app(Studio(str(pipeline), self.worker, self.sessions, TOKEN, **settings))
         assert self.worker.loaded.wait(120), self.failures
+
+
+@cache
+def loaded(folder):
+    """The pipeline of a folder, loaded once for all tests."""
+    pipe = MedVolumePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
