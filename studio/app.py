@@ -175,6 +175,13 @@ def upload_folder(session: Session, upload: object) -> Path:
     return found(there, upload, "upload")
 
 
+def received(studio: Studio, session: Session, upload: object) -> Path:
+    """Return what a reader is given of an upload, see `uploaded_volume`; what a zip unpacks to counts as uploaded."""
+    file = uploaded_volume(upload_folder(session, upload), studio.most - session.used)
+    session.used = sum(path.stat().st_size for path in (session.folder / "uploads").rglob("*") if path.is_file())
+    return file
+
+
 async def add_mask(request: Request) -> Response:
     """Add a mask: one that was uploaded, an example, or an empty one of a shape or on the grid of an image or mask."""
     studio, session, body = studio_of(request), session_of(request), await json_of(request)
@@ -183,7 +190,7 @@ async def add_mask(request: Request) -> Response:
     def add() -> dict[str, object]:
         with noted(messages):
             if "upload" in body:
-                file = uploaded_volume(upload_folder(session, body["upload"]), studio.most - session.used)
+                file = received(studio, session, body["upload"])
                 return session.add_mask(file, page.pipe, page.codes).to_json()
             if "example" in body:
                 return session.example(page.example(body["example"]), page.pipe, page.codes).to_json()
@@ -235,7 +242,7 @@ async def add_image(request: Request) -> Response:
 
     def add() -> dict[str, object]:
         with noted(messages):
-            file = uploaded_volume(upload_folder(session, body.get("upload")), studio.most - session.used)
+            file = received(studio, session, body.get("upload"))
             return session.add_image(file, studio.page.pipe).to_json()
 
     return JSONResponse({"image": await run_in_threadpool(add), "warnings": messages})
