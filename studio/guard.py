@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .session import Sessions
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 REFUSED = "The studio opens at the address with its token, which `medvolume studio` printed where it was started.\n"
 SAME = ("same-origin", "none")  # what browsers say of requests that our own page, or nobody, made
 HEADERS = {
@@ -59,10 +59,10 @@ class Guard:
                 except ValueError as error:
                     await PlainTextResponse(f"{error}\n", 503)(scope, receive, send)
                     return
-            response.set_cookie(self.cookie, session.id, httponly=True, samesite="strict")
+            response.set_cookie(self.cookie, session.id, httponly=True, samesite="lax")
             await response(scope, receive, send)
             return
-        if session is None or request.headers.get("sec-fetch-site", "none") not in SAME:
+        if session is None or not is_own(request):
             await self._refuse(scope, receive, send)
             return
         scope["session"] = session
@@ -70,6 +70,12 @@ class Guard:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse(REFUSED, 403)(scope, receive, with_headers(send))
+
+
+def is_own(request: Request) -> bool:
+    """Return whether our own page made a request, or somebody who opens the page, from wherever the link was."""
+    opens = request.method == "GET" and request.url.path == "/"
+    return opens or request.headers.get("sec-fetch-site", "none") in SAME
 
 
 def with_headers(send: Send) -> Send:
@@ -93,7 +99,7 @@ def new_token() -> str:
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches a server on this host."""
-    return host in LOOPBACK or host.startswith("127.")
+    return host in (*LOOPBACK, "::1") or host.startswith("127.")
 
 
 def allowed_hosts(host: str) -> list[str]:
@@ -103,4 +109,4 @@ def allowed_hosts(host: str) -> list[str]:
     """
     if host in ("0.0.0.0", "::"):  # every address of the machine, whose names nobody knows here
         return ["*"]
-    return list(dict.fromkeys([host, *LOOPBACK]))
+    return list(dict.fromkeys([f"[{host}]" if ":" in host else host, *LOOPBACK]))

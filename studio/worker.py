@@ -4,6 +4,7 @@ A volume is planned and prepared as `medvolume generate` does, from the same see
 """
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -26,6 +27,8 @@ from pipelines.rejection import Attempt, Rejection
 from pipelines.sampling import SamplingConfig
 from pipelines.storage.provenance import channel_files, write_synthetic
 from pipelines.storage.record import GenerationRecord
+
+logger = logging.getLogger(__name__)
 
 QUEUED, RUNNING, DONE, FAILED, CANCELED = "queued", "running", "done", "failed", "canceled"
 MOST_WAITING = 8  # requests of one session
@@ -158,7 +161,7 @@ class Worker:
                 job.message = message or f"{type(error).__name__}: {error} (a fault of the studio; its log has more)"
                 job.state = FAILED
                 if message is None:
-                    self._on_failure(error)
+                    logger.exception("a volume could not be generated")
 
 
 @dataclass(frozen=True)

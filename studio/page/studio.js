@@ -332,7 +332,7 @@ function options(select, pairs, groups = false) {
   }) : pairs.map(make)));
 }
 
-const title = (result) => `#${result.number} ${result.name.replace(/_000$/, "")} · seed ${result.seed}`;
+const title = (result) => `#${result.number} ${result.name.replace(/_000$/, "")}`;
 
 function lists() {
   const model = state.model, results = [...state.results.values()], fits = (one) => sameGrid(one, state.mask);
@@ -384,7 +384,7 @@ function addCard(result) {
     <b></b><small></small><small></small><div class="row"><button data-do="accept">Accept</button>
     <button data-do="again" title="Copy as Python, copy as command">Copy as</button><a class="button" title="Mask, volume and record">Zip</a></div></div>`;
   const [name, ...lines] = card.querySelectorAll("b, small");
-  name.textContent = `#${result.number} ${result.name.replace(/_000$/, "")}`;
+  name.textContent = title(result);
   lines[0].textContent = `seed ${result.seed} · ${result.steps} steps`;
   lines[1].textContent = `${result.seconds.toFixed(1)} s${result.edited ? " · edited" : guidance}`;
   card.title = [title(result), ...result.warnings].join("\n");
@@ -557,12 +557,10 @@ async function generate() {
     const body = { ...conditions(), seed: numberIn($("seed")) ?? 0, steps: numberIn($("steps")), guidance: numberIn($("guidance")) };
     if (state.mask) {
       const { mask } = await askJson("POST", `/api/masks/${state.mask.id}/paint`, undo.now);
-      const shown = left.shows;
       if (mask.id !== state.mask.id) { // it was painted on, and is a new version
         state.masks.set(mask.id, mask);
         state.mask = mask;
         lists();
-        if (shown.startsWith("paint")) left.shows = shown;
       }
       body.mask = mask.id;
       if ($("edit").value) body.edit = { result: $("edit").value, strength: numberIn($("strength")) };

@@ -137,7 +137,7 @@ def test_paint_generate_compare_and_download(page, pipeline, tmp_path):
     assert boxes(page) == before
 
     # compare: the second on the right, the first on the left; the crosshair is one; blink
-    page.locator("#left").select_option(label="#1 case_v2 · seed 0")
+    page.locator("#left").select_option(label="#1 case_v2")
     until(lambda: page.evaluate("studio.left.shows").startswith("result:") and page.locator("#blink").is_enabled())
     canvas = page.locator("#right-canvas").bounding_box()
     page.mouse.click(canvas["x"] + canvas["width"] * 0.3, canvas["y"] + canvas["height"] * 0.3)

@@ -116,7 +116,7 @@ def test_the_token_leaves_the_address(studio):
     client = testclient.TestClient(studio.app, base_url="http://127.0.0.1:7860", follow_redirects=False)
     answer = client.get(f"/?token={TOKEN}")
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
-    assert {"httponly", "samesite=strict"} <= set(answer.headers["set-cookie"].lower().split("; "))
+    assert {"httponly", "samesite=lax"} <= set(answer.headers["set-cookie"].lower().split("; "))
     page = client.get("/")
     assert page.status_code == 200 and "frame-ancestors 'none'" in page.headers["content-security-policy"]
 
@@ -126,12 +126,14 @@ def test_other_hosts_and_other_pages_are_refused(studio, browser):
     assert browser.get("/api/state", headers={"host": "localhost:7860"}).status_code == 200
     for site in ("cross-site", "same-site"):
         assert browser.post("/api/uploads", headers={"sec-fetch-site": site}).status_code == 403
+        assert browser.get("/api/state", headers={"sec-fetch-site": site}).status_code == 403
+        assert browser.get("/", headers={"sec-fetch-site": site}).status_code == 200  # a link to the page
 
 
 def test_hosts_by_the_address_that_is_listened_at():
     from studio.guard import allowed_hosts, is_loopback
 
-    assert allowed_hosts("127.0.0.1") == ["127.0.0.1", "localhost", "::1"]
+    assert allowed_hosts("127.0.0.1") == allowed_hosts("::1")[1:] + ["[::1]"] == ["127.0.0.1", "localhost", "[::1]"]
     assert allowed_hosts("10.0.0.5")[0] == "10.0.0.5" and allowed_hosts("0.0.0.0") == ["*"]
     assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "0.0.0.0", "10.0.0.5")] == [
         True,
