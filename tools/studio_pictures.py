@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="weights/hippocampus", help="folder of a pipeline with example masks")
+    parser.add_argument("--address", help="of a studio that runs already, with its token (one is started)")
     parser.add_argument(
         "--output", type=Path, default=Path("docs"), metavar="DIR", help="folder of the pictures (docs)"
     )
@@ -50,7 +51,8 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 def main(args: Sequence[str] | None = None) -> None:
     """Take the pictures."""
     options = parse(args)
-    with served(options.pipeline) as address, opened(address) as page:
+    running = served(options.pipeline) if options.address is None else nullcontext(options.address)
+    with running as address, opened(address) as page:
         paint(page)
         generate(page, 1)
         page.locator("#left").select_option(label="over #1 hippocampus_015_v2")

@@ -503,7 +503,11 @@ def test_classes_and_numbers_make_the_same_volume_again(tmp_path, monkeypatch):
 def conditioned(folder, stats):
     """Save a tiny pipeline that knows sex and age."""
     base = tiny_pipeline()
-    config = {**base.unet.config, "classes": {"sex": ["F", "M"]}, "numbers": ["age"]}
+    config = {
+        **base.unet.config,
+        "classes": {"sex": ["F", "M"]},
+        "numbers": {"age": {key: stats[key] for key in ("mean", "std")}},
+    }
     unet = LatentUNet3D.from_config({key: value for key, value in config.items() if not key.startswith("_")})
     data = {**base.data.to_json(), "classes": {"sex": ["F", "M"]}, "numbers": {"age": stats}}
     MedVolumePipeline(base.vae, unet.eval(), base.scheduler, data).save_pretrained(folder)
