@@ -133,7 +133,7 @@ def test_other_hosts_and_other_pages_are_refused(studio, browser):
 def test_hosts_by_the_address_that_is_listened_at():
     from studio.guard import allowed_hosts, is_loopback
 
-    assert allowed_hosts("127.0.0.1") == allowed_hosts("::1")[1:] + ["[::1]"] == ["127.0.0.1", "localhost", "[::1]"]
+    assert allowed_hosts("127.0.0.1") == [*allowed_hosts("::1")[1:], "[::1]"] == ["127.0.0.1", "localhost", "[::1]"]
     assert allowed_hosts("10.0.0.5")[0] == "10.0.0.5" and allowed_hosts("0.0.0.0") == ["*"]
     assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "0.0.0.0", "10.0.0.5")] == [
         True,
