@@ -30,7 +30,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-
 SIZE = {"width": 1280, "height": 720}
 PATIENCE = 600  # seconds
 QUALITY = 82  # of WebP
-STROKE = ((0.62, 0.18), (0.7, 0.22), (0.74, 0.3), (0.7, 0.36))  # of the axial slice's width and height
+STROKE = ((0.37, 0.24), (0.36, 0.31), (0.37, 0.38), (0.42, 0.43))  # of the axial slice's width and height
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -111,14 +111,14 @@ def wait(true: Callable[[], object]) -> None:
 
 
 def paint(page: "Page") -> None:
-    """Draw a stroke of the second label on the axial slice."""
+    """Enlarge the first label on the axial slice, by a stroke along its side."""
     x, y, width, height = page.evaluate(
         "(() => { const nv = studio.left.nv, one = nv.screenSlices.find((one) => one.axCorSag === 0);"
         " return [...one.leftTopWidthHeight].map((value) => value / nv.uiData.dpr); })()"
     )
     canvas = page.locator("#left-canvas").bounding_box()
     assert canvas is not None
-    page.keyboard.press("2")
+    page.keyboard.press("1")
     places = [(canvas["x"] + x + a * width, canvas["y"] + y + b * height) for a, b in STROKE]
     page.mouse.move(*places[0])
     page.mouse.down()
