@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,6 @@ from .downloads import DATASET, accepted, write_nnunet, write_pairs
 from .guard import Guard, allowed_hosts
 from .inputs import Change, Page, edit_of, number, request_of, sampling_of
 from .labels import drawing
-from .niivue import niivue_module
 from .session import Session, Sessions, StudioResult, mask_drawing, without_voxels
 from .uploads import TooLarge, receive, receive_file, uploaded_volume
 from .views import view_bytes
@@ -52,6 +51,7 @@ class Studio:
 
     Attributes:
         pipeline: as the user typed it, for "copy as command".
+        niivue: the viewer's module, see `niivue_module`.
         cookie: name of the cookie of a session.
         most: bytes of uploads in one session.
     """
@@ -60,10 +60,10 @@ class Studio:
     worker: Worker
     sessions: Sessions
     token: str
+    niivue: str
     host: str = "127.0.0.1"
     cookie: str = "medvolume_studio"
     most: int = 1 << 30
-    niivue: str = field(default_factory=niivue_module)
 
     @cached_property
     def page(self) -> Page:

@@ -44,9 +44,11 @@ def serve(settings: ServerSettings) -> None:
 
     from .app import Studio, make_app
     from .guard import is_loopback, new_token
+    from .niivue import niivue_module
     from .session import Sessions
     from .worker import Worker
 
+    viewer = niivue_module()
     failures: list[BaseException] = []
     with listening(settings) as listener, TemporaryDirectory(prefix="medvolume-studio-") as folder:
         port = listener.getsockname()[1]
@@ -61,6 +63,7 @@ def serve(settings: ServerSettings) -> None:
             worker=worker,
             sessions=Sessions(Path(folder)),
             token=new_token(),
+            niivue=viewer,
             host=settings.host,
             cookie=f"medvolume_studio_{port}",
             most=settings.upload_mb << 20,

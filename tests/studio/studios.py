@@ -28,12 +28,22 @@ class RunningStudio:
 
     def __init__(self, pipeline, folder, **settings):
         from studio.app import Studio, make_app  # here: starlette is of an extra
+        from studio.niivue import niivue_module
 
         folder.mkdir(exist_ok=True)
         self.failures = []
         self.worker = Worker(lambda: loaded(pipeline), self.failures.append)
         self.sessions = Sessions(folder)
-        self.app = make_app(Studio(str(pipeline), self.worker, self.sessions, TOKEN, **settings))
+        self.app = make_app(
+            Studio(
+                str(pipeline),
+                self.worker,
+                self.sessions,
+                TOKEN,
+                settings.pop("niivue", None) or niivue_module(),
+                **settings,
+            )
+        )
         assert self.worker.loaded.wait(120), self.failures
 
 

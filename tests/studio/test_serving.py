@@ -29,7 +29,6 @@ def printed(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(serving, "NEEDED", ("starlette", "uvicorn"))
     monkeypatch.setattr("studio.niivue.niivue_module", lambda: "")
-    monkeypatch.setattr("studio.app.niivue_module", lambda: "")
     return lines
 
 
