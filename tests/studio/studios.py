@@ -26,24 +26,14 @@ def save_tiny_pipeline(folder):
 class RunningStudio:
     """A studio of the pipeline in a folder, whose model is loaded. `failures` are faults of its worker."""
 
-    def __init__(self, pipeline, folder, **settings):
+    def __init__(self, pipeline, folder, niivue, **settings):
         from studio.app import Studio, make_app  # here: starlette is of an extra
-        from studio.niivue import niivue_module
 
         folder.mkdir(exist_ok=True)
         self.failures = []
         self.worker = Worker(lambda: loaded(pipeline), self.failures.append)
         self.sessions = Sessions(folder)
-        self.app = make_app(
-            Studio(
-                str(pipeline),
-                self.worker,
-                self.sessions,
-                TOKEN,
-                settings.pop("niivue", None) or niivue_module(),
-                **settings,
-            )
-        )
+        self.app = make_app(Studio(str(pipeline), self.worker, self.sessions, TOKEN, niivue, **settings))
         assert self.worker.loaded.wait(120), self.failures
 
 

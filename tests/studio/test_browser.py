@@ -16,6 +16,7 @@ from tiny import labels_of
 
 from medvolume import MedVolumePipeline
 from pipelines.planning import volume_seed
+from studio.niivue import niivue_module
 
 pytest.importorskip("starlette", reason="needs the extra studio")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra studio")
@@ -38,7 +39,7 @@ def pipeline(tmp_path_factory):
 @pytest.fixture
 def address(pipeline, tmp_path):
     """A studio behind a real server."""
-    studio = RunningStudio(pipeline, tmp_path / "sessions")
+    studio = RunningStudio(pipeline, tmp_path / "sessions", niivue_module())
     server = uvicorn.Server(uvicorn.Config(studio.app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -37,7 +37,7 @@ class Studios(RunningStudio):
     """A studio, and browsers that have its token."""
 
     def __init__(self, pipeline, folder, **settings):
-        super().__init__(pipeline, folder, niivue=STUB, **settings)
+        super().__init__(pipeline, folder, STUB, **settings)
 
     def browser(self):
         client = testclient.TestClient(self.app, base_url="http://127.0.0.1:7860")
