@@ -354,8 +354,9 @@ function lists() {
     ["Compare", results.map((result) => [`result:${result.id}`, title(result)])],
   ], true);
   if (shown) $("left").value = shown;
+  const before = shownId(right) ?? $("right").value;
   options($("right"), results.length ? results.map((result) => [result.id, title(result)]) : [["", "No volume yet"]]);
-  if (shownId(right)) $("right").value = shownId(right);
+  if (state.results.has(before)) $("right").value = before;
   const bases = state.mask ? results.filter((result) => result.mask && fits(result)) : [], chosen = $("edit").value;
   options($("edit"), [["", "Everything"], ...bases.map((result) => [result.id, `Keep #${result.number} but for my changes`])]);
   $("edit").value = bases.some((result) => result.id === chosen) ? chosen : "";

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ipyniivue") is None, reason="needs ipyniivue"),
 ]
 FLAGS = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-PATIENCE = 240  # seconds; the renderer is software, and cores are shared
+PATIENCE = 600  # seconds at most; the renderer is software, and cores are shared
 SHAPE = (12, 16, 8)
 
 

@@ -35,6 +35,7 @@ def printed(monkeypatch, tmp_path):
 def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
     folder = save_tiny_pipeline(tmp_path / "tiny")
     monkeypatch.setattr(serving, "load", lambda settings: loaded(settings.pipeline))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for work in the background
     seen = []
 
     def visit():
@@ -52,6 +53,7 @@ def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         serve(ServerSettings(str(folder), port=0))
     visitor.join()
+    signal.signal(signal.SIGINT, before)
     assert "<title>medvolume studio</title>" in seen[0] and len(seen[1]) == 1
     assert list(tmp_path.glob("medvolume-studio-*")) == []
     assert not any("Caution" in line for line in printed)
