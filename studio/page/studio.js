@@ -105,7 +105,7 @@ class Pane {
     if (!this.grid || i === undefined) return;
     const mm = this.grid.affine.slice(0, 3).map((row) => row[0] * i + row[1] * j + row[2] * k + row[3]);
     const code = this.nv.drawBitmap?.[i + this.grid.shape[0] * (j + this.grid.shape[1] * k)];
-    const label = code ? ` · ${labelName(code)}` : "";
+    const label = code && this === left ? ` · ${labelName(code)}` : "";
     $(`${this.name}-where`).textContent = `${mm.map((one) => one.toFixed(0)).join(" ")} mm${label}`;
   }
 }
