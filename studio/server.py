@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from cli.command import CannotContinue, users_message
 from pipelines.base import VolumePipeline
 from pipelines.batch_generation import DTYPES
 from pipelines.pipeline import MedVolumePipeline
+from volumes.devices import find_device
 
 NEEDED = ("starlette", "uvicorn", "ipyniivue")
 RISK = """
@@ -108,7 +107,7 @@ def address(host: str, port: int) -> str:
 
 def load(settings: ServerSettings) -> VolumePipeline:
     """Load the pipeline."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(settings.device)
     pipe = MedVolumePipeline.from_pretrained(settings.pipeline, dtype=DTYPES[settings.precision]).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -32,7 +32,8 @@ MODULES = [
     "evaluation.copies.fingerprints",
     "evaluation.data.label_budget",
 ]
-PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "studio", "evaluation.doctor")  # those of MODULES that are packages
+# Those of MODULES that are packages.
+PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "studio", "evaluation.doctor")
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
@@ -66,7 +67,16 @@ MODULES += [
 ]
 MODULES += [
     f"tools.{name}"
-    for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship", "studio_pictures")
+    for name in (
+        "cluster_page",
+        "evidence",
+        "mutants",
+        "pictures",
+        "quickstart",
+        "settings_page",
+        "ship",
+        "studio_pictures",
+    )
 ]
 SCRIPTS = [
     "convert.py",
