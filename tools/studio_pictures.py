@@ -138,6 +138,7 @@ def save(page: "Page", path: Path) -> None:
     """Write what is shown."""
     from PIL import Image
 
+    page.add_style_tag(content=".time, #progress-text { visibility: hidden }")  # those of a busy machine say nothing
     page.wait_for_timeout(1500)  # thumbnails, and the last frame
     Image.open(io.BytesIO(page.screenshot())).save(path, quality=QUALITY, method=6)
     print(f"{path}: {path.stat().st_size >> 10} kB")

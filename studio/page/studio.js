@@ -58,7 +58,7 @@ class Pane {
     this.shows = "";
     this.turn = Promise.resolve(); // one change after the other
     this.nv = new Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.75, 1, 0.8], crosshairWidth: 0.25, fontColor: [0.75, 0.78, 0.82, 1],
+      backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.75, 1, 0.8], crosshairWidth: 0.25, fontColor: [1, 0.85, 0.35, 1],
       isRadiologicalConvention: true, multiplanarShowRender: 1, multiplanarLayout: 2, multiplanarEqualSize: false,
       dragAndDropEnabled: false, isColorbar: false, loadingText: "", clipPlaneHotKey: "", viewModeHotKey: "",
       cycleClipPlaneHotKey: "", dragMode: 1, show3Dcrosshair: true, fontMinPx: 12, fontSizeScaling: 0.3, isResizeCanvas: true,
@@ -380,14 +380,15 @@ function addCard(result) {
   const card = document.createElement("div");
   card.className = "card";
   card.dataset.id = result.id;
-  const guidance = result.guidance === null ? "" : ` · guidance ${typeof result.guidance === "number" ? result.guidance : "…"}`;
+  const guidance = typeof result.guidance === "number" ? `guidance ${result.guidance}` : "";
   card.innerHTML = `<canvas width="76" height="76" tabindex="0" role="button"></canvas><div>
     <b></b><small></small><small></small><div class="row"><button data-do="accept">Accept</button>
     <button data-do="again" title="Copy as Python, copy as command">Copy as</button><a class="button" title="Mask, volume and record">Zip</a></div></div>`;
   const [name, ...lines] = card.querySelectorAll("b, small");
   name.textContent = title(result);
   lines[0].textContent = `seed ${result.seed} · ${result.steps} steps`;
-  lines[1].textContent = `${result.seconds.toFixed(1)} s${result.edited ? " · edited" : guidance}`;
+  const time = Object.assign(document.createElement("span"), { className: "time", textContent: `${result.seconds.toFixed(1)} s ` });
+  lines[1].append(time, result.edited ? "edited" : guidance);
   card.title = [title(result), ...result.warnings].join("\n");
   card.querySelector("a").href = `/api/results/${result.id}/download`;
   const show = doing(() => showRight(result.id));
