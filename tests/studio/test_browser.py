@@ -197,3 +197,27 @@ def test_wrong_files_are_refused_on_the_page(page, tmp_path):
         )
     assert page.locator("#mask").input_value() == shown
     assert labels_of((8, 10, 12)).size == page.evaluate("studio.undo.now.length")
+
+
+def test_gaps_between_slices_are_filled(page):
+    """The chosen label grows from slice to slice, and covers background alone."""
+    x, y, z = 8, 10, 12  # the example mask
+    drawing = np.zeros((x, y, z), np.uint8)
+    drawing[2:4, 3:6, 2] = drawing[2:6, 3:8, 6] = 1
+    drawing[2, :, 4] = 2
+    page.keyboard.press("1")
+    page.evaluate(
+        "(codes) => { studio.left.nv.drawBitmap.set(codes); studio.undo.now.set(codes); }",
+        drawing.ravel(order="F").tolist(),
+    )
+    page.keyboard.press("i")
+    until(lambda: page.evaluate("studio.undo.past.length") == 1)
+    filled = np.array(page.evaluate("[...studio.left.nv.drawBitmap]"), np.uint8).reshape(drawing.shape, order="F")
+    changed = filled != drawing
+    assert (filled[changed] == 1).all() and (drawing[changed] == 0).all()
+    assert not changed[:, :, [0, 1, 2, 6, 7, 8]].any()
+    counts = [int((filled[3:, :, k] == 1).sum()) for k in range(2, 7)]
+    assert counts == sorted(counts) and counts[0] < counts[2] < counts[4]
+    for k in (3, 4, 5):  # within the larger slice, around the smaller one
+        ones = filled[:, :, k] == 1
+        assert ones[3, 3:6].all() and not (ones & (drawing[:, :, 6] != 1)).any()
