@@ -50,7 +50,7 @@ class Studio:
     """What the routes share.
 
     Attributes:
-        pipeline: as the user typed it, for "copy as command".
+        pipeline: for "copy as command", which runs in any folder: a whole path, or a repository.
         niivue: the viewer's module, see `niivue_module`.
         cookie: name of the cookie of a session.
         most: bytes of uploads in one session.

@@ -29,7 +29,7 @@ class Page:
     """What the page shows of a pipeline.
 
     Args:
-        name: as the user typed it.
+        name: its folder, or its repository.
     Raises: ValueError for more labels than the studio can paint.
     """
 

@@ -58,7 +58,7 @@ def serve(settings: ServerSettings) -> None:
 
         worker = Worker(lambda: load(settings), failed)
         studio = Studio(
-            pipeline=settings.pipeline,
+            pipeline=from_anywhere(settings.pipeline),
             worker=worker,
             sessions=Sessions(Path(folder)),
             token=new_token(),
@@ -103,6 +103,11 @@ def address(host: str, port: int) -> str:
     """Return the address of the page, for a browser on this machine."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
+
+
+def from_anywhere(pipeline: str) -> str:
+    """Return the name of a pipeline for "copy as command", which runs in another folder: of a local one its path."""
+    return str(Path(pipeline).resolve()) if Path(pipeline).is_dir() else pipeline
 
 
 def load(settings: ServerSettings) -> VolumePipeline:

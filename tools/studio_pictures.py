@@ -2,8 +2,8 @@
 
     python -m tools.studio_pictures --pipeline weights/hippocampus --output docs
 
-Starts the studio, opens the first example mask, paints on it, generates two volumes, and writes studio_paint.webp,
-studio_compare.webp and studio_again.webp. It needs playwright (extra dev), chromium and the extra studio. The renderer
+Starts the studio, opens the first example mask, paints on it, generates two volumes, and writes studio_paint.webp and
+studio_compare.webp. It needs playwright (extra dev), chromium and the extra studio. The renderer
 is software, so it takes a minute or more.
 """
 
@@ -66,9 +66,6 @@ def main(args: Sequence[str] | None = None) -> None:
         page.locator("[data-do=accept]").first.click()
         wait(lambda: page.locator("#accepted").inner_text() == "1")
         save(page, options.output / "studio_compare.webp")
-        page.locator("[data-do=again]").first.click()
-        wait(lambda: page.locator("#again-python").is_visible())
-        save(page, options.output / "studio_again.webp")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from studios import loaded, save_tiny_pipeline
 from cli.command import CannotContinue
 from studio import server as serving
 from studio.__main__ import parse
-from studio.server import ServerSettings, address, check_installed, listening, serve
+from studio.server import ServerSettings, address, check_installed, from_anywhere, listening, serve
 
 pytest.importorskip("starlette", reason="needs the extra studio")
 pytest.importorskip("uvicorn", reason="needs the extra studio")
@@ -77,6 +77,13 @@ def test_the_address_is_for_a_browser_on_this_machine():
     hosts = ("127.0.0.1", "0.0.0.0", "::1", "10.0.0.5")
     expected = ["http://127.0.0.1:1", "http://127.0.0.1:1", "http://[::1]:1", "http://10.0.0.5:1"]
     assert [address(host, 1) for host in hosts] == expected
+
+
+def test_commands_that_are_copied_find_the_pipeline(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert from_anywhere("weights") == str(tmp_path / "weights")
+    assert from_anywhere("somebody/repository") == "somebody/repository"
 
 
 def test_missing_packages_are_named(monkeypatch):
