@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +221,7 @@ def _write(
             raise ValueError(sample.fault)
         return sample.record
 
-    def attempts(_: object, seeds: object) -> list[Attempt]:
+    def attempts(_: Sequence[int], seeds: Sequence[int]) -> list[Attempt]:
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         samples = pipe.generate(volumes, sampling, generators, step_end=step_end)
         return [Attempt(sample.output, sample.record, sample.fault) for sample in samples]
