@@ -8,6 +8,7 @@ import shlex
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +25,7 @@ from medvolume import MedVolumePipeline
 from volumes import Volume, write_dicom
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra studio")
+ROOT = Path(__file__).resolve().parents[2]
 CODES = {0: 0, 2: 1, 5: 2}  # of the tiny pipeline's labels
 STUB = "export const Niivue = 0;\n"  # for the viewer, which these tests do not need
 
@@ -511,6 +513,26 @@ def conditioned(folder, stats):
     unet = LatentUNet3D.from_config({key: value for key, value in config.items() if not key.startswith("_")})
     data = {**base.data.to_json(), "classes": {"sex": ["F", "M"]}, "numbers": {"age": stats}}
     MedVolumePipeline(base.vae, unet.eval(), base.scheduler, data).save_pretrained(folder)
+
+
+def test_label_maps_are_generated_and_shown(tmp_path, monkeypatch):
+    """The model of masks in weights/: broken maps are generated again from the next seed, as by the command."""
+    studio = Studios(ROOT / "weights/hippocampus-masks", tmp_path / "sessions")
+    client = studio.browser()
+    shown = client.get("/api/state").json()["pipeline"]
+    assert (shown["mask"], shown["maps"], [label["value"] for label in shown["labels"]]) == ("none", True, [0, 1, 2])
+    result = generated(client, seed=2)
+    assert result["maps"] and result["name"] == "map_000"
+    folder = unpacked(client, f"/api/results/{result['id']}/download", tmp_path / "map")
+    values = nib.as_closest_canonical(nib.load(folder / "map_000.nii.gz")).get_fdata()
+    drawing = np.frombuffer(client.get(f"/api/results/{result['id']}/drawing").content, np.uint8)
+    assert np.array_equal(drawing.reshape(result["shape"], order="F"), values) and {*np.unique(values)} == {0, 1, 2}
+    monkeypatch.chdir(folder)
+    exec((folder / "again.py").read_text(), {})
+    generate_command.main(shlex.split((folder / "again.sh").read_text())[2:])
+    for other in (folder / "map_000_again.nii.gz", folder / "again/map_000.nii.gz"):
+        assert np.array_equal(nib.as_closest_canonical(nib.load(other)).get_fdata(), values)
+    studio.worker.close()
 
 
 def test_a_package_of_another_layout_is_refused(tmp_path):
