@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cli.command import users_message
+from pipelines.base import VolumePipeline
+from pipelines.inputs.request import VolumeRequest
+from pipelines.sampling import SamplingConfig
 from volumes import read_volume
 
 from .again import as_command, as_python, table_of
@@ -25,7 +28,7 @@ from .downloads import DATASET, accepted, write_nnunet, write_pairs
 from .guard import Guard, allowed_hosts
 from .inputs import Change, Page, edit_of, number, request_of, sampling_of
 from .labels import drawing
-from .session import Session, Sessions, StudioResult, mask_drawing, without_voxels
+from .session import Session, Sessions, StudioMask, StudioResult, mask_drawing, without_voxels
 from .uploads import TooLarge, receive, receive_file, uploaded_volume
 from .views import view_bytes
 from .worker import DONE, Generated, Job, Worker, generate, noted
@@ -54,6 +57,7 @@ class Studio:
         niivue: the viewer's module, see `niivue_module`.
         cookie: name of the cookie of a session.
         most: bytes of uploads in one session.
+        mask_pipe: returns the pipeline of masks to start from, and loads it when it is first called.
     """
 
     pipeline: str
@@ -64,6 +68,7 @@ class Studio:
     host: str = "127.0.0.1"
     cookie: str = "medvolume_studio"
     most: int = 1 << 30
+    mask_pipe: Callable[[], VolumePipeline] | None = None
 
     @cached_property
     def page(self) -> Page:
@@ -144,6 +149,7 @@ async def get_state(request: Request) -> Response:
         {
             "ready": True,
             "pipeline": await run_in_threadpool(studio.page.to_json),
+            "new_masks": studio.mask_pipe is not None,
             "masks": [mask.to_json() for mask in list(session.masks.values())],
             "images": [image.to_json() for image in list(session.images.values())],
             "results": [result.to_json() for result in list(session.results.values())],
@@ -259,6 +265,11 @@ async def start_job(request: Request) -> Response:
     """Queue a volume."""
     studio, session, body = studio_of(request), session_of(request), await json_of(request)
     page = studio.page
+    if body.get("new_mask"):
+        job = studio.worker.submit(
+            session.id, new_mask(studio, session, sampling_of(page, {"seed": body.get("seed", 0)})[1])
+        )
+        return JSONResponse(job_json(studio.worker, job), 202)
     mask = None if body.get("mask") is None else found(session.masks, body["mask"], "mask")
     given = body.get("images") or {}
     if not isinstance(given, dict):
@@ -278,6 +289,25 @@ async def start_job(request: Request) -> Response:
         return keep_result(session, page, made, seed, None if mask is None else mask.id, job)
 
     return JSONResponse(job_json(studio.worker, studio.worker.submit(session.id, work)), 202)
+
+
+def new_mask(studio: Studio, session: Session, seed: int) -> Callable[[object, Job], StudioMask]:
+    """Return the work that generates a mask. Raises: ValueError without a pipeline of masks."""
+    load = studio.mask_pipe
+    if load is None:
+        raise ValueError("this studio generates no masks; start it with --mask_pipeline")
+
+    def work(_: object, job: Job) -> StudioMask:
+        pipe, page = load(), studio.page
+        if pipe.data.image_labels != page.pipe.data.labels:
+            raise ValueError(
+                f"--mask_pipeline generates {pipe.data.image_labels}, and the model knows {page.pipe.data.labels}"
+            )
+        made = generate(pipe, VolumeRequest(name="map"), SamplingConfig(), seed, session.new_folder("masks"), job)
+        file = made.path.rename(made.path.with_name(f"map_seed{seed}.nii.gz"))
+        return session.add_mask(file, page.pipe, page.codes)
+
+    return work
 
 
 def change_of(session: Session, body: Mapping[str, object]) -> Change | None:
@@ -327,6 +357,7 @@ def job_json(worker: Worker, job: Job) -> dict[str, object]:
         "steps": job.steps,
         "message": job.message,
         "result": result,
+        "mask": job.result.to_json() if isinstance(job.result, StudioMask) else None,
     }
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import socket
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,7 @@ class ServerSettings:
     """The arguments of the command, see `medvolume studio --help`."""
 
     pipeline: str
+    mask_pipeline: str | None = None
     host: str = "127.0.0.1"
     port: int = 7860
     upload_mb: int = 1024
@@ -56,7 +58,7 @@ def serve(settings: ServerSettings) -> None:
             failures.append(error)
             server.should_exit = True
 
-        worker = Worker(lambda: load(settings), failed)
+        worker = Worker(lambda: load(settings, settings.pipeline), failed)
         studio = Studio(
             pipeline=from_anywhere(settings.pipeline),
             worker=worker,
@@ -66,6 +68,7 @@ def serve(settings: ServerSettings) -> None:
             host=settings.host,
             cookie=f"medvolume_studio_{port}",
             most=settings.upload_mb << 20,
+            mask_pipe=None if settings.mask_pipeline is None else cache(lambda: load(settings, settings.mask_pipeline)),
         )
         config = uvicorn.Config(make_app(studio), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
@@ -110,9 +113,9 @@ def from_anywhere(pipeline: str) -> str:
     return str(Path(pipeline).resolve()) if Path(pipeline).is_dir() else pipeline
 
 
-def load(settings: ServerSettings) -> VolumePipeline:
-    """Load the pipeline."""
+def load(settings: ServerSettings, pipeline: str | None) -> VolumePipeline:
+    """Load a pipeline."""
     device = find_device(settings.device)
-    pipe = MedVolumePipeline.from_pretrained(settings.pipeline, dtype=DTYPES[settings.precision]).to(device)
+    pipe = MedVolumePipeline.from_pretrained(pipeline, dtype=DTYPES[settings.precision]).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -582,26 +582,31 @@ function numberIn(field) {
 
 // ---- generation
 
-async function generate() {
+const generate = () => running(async () => {
+  const body = { ...conditions(), seed: numberIn($("seed")) ?? 0, steps: numberIn($("steps")), guidance: numberIn($("guidance")) };
+  if (state.mask) {
+    const { mask } = await askJson("POST", `/api/masks/${state.mask.id}/paint`, undo.now);
+    if (mask.id !== state.mask.id) { // it was painted on, and is a new version
+      state.masks.set(mask.id, mask);
+      state.mask = mask;
+      lists();
+    }
+    body.mask = mask.id;
+    if ($("edit").value) body.edit = { result: $("edit").value, strength: numberIn($("strength")) };
+  } else {
+    const sides = [...document.querySelectorAll(".side")].map(numberIn);
+    if (sides.length) body.shape = sides;
+  }
+  return body;
+});
+
+// Runs a job of the server, whose request `body` returns.
+async function running(body) {
   if ($("generate").disabled) return;
   keepStroke();
   $("generate").disabled = true;
   try {
-    const body = { ...conditions(), seed: numberIn($("seed")) ?? 0, steps: numberIn($("steps")), guidance: numberIn($("guidance")) };
-    if (state.mask) {
-      const { mask } = await askJson("POST", `/api/masks/${state.mask.id}/paint`, undo.now);
-      if (mask.id !== state.mask.id) { // it was painted on, and is a new version
-        state.masks.set(mask.id, mask);
-        state.mask = mask;
-        lists();
-      }
-      body.mask = mask.id;
-      if ($("edit").value) body.edit = { result: $("edit").value, strength: numberIn($("strength")) };
-    } else {
-      const sides = [...document.querySelectorAll(".side")].map(numberIn);
-      if (sides.length) body.shape = sides;
-    }
-    state.job = await askJson("POST", "/api/jobs", body);
+    state.job = await askJson("POST", "/api/jobs", await body());
     await follow();
   } finally {
     state.job = null;
@@ -624,6 +629,12 @@ async function follow() {
     }
     if (job.state === "canceled") { progress(0, "Canceled"); return; }
     if (job.state === "failed") { progress(0, "Nothing was generated"); throw new Error(job.message); }
+    if (job.state === "done" && job.mask) {
+      progress(1, "Done");
+      await chooseMask(job.mask);
+      say(`${job.mask.name} is open.`);
+      return;
+    }
     if (job.state === "done") {
       progress(1, `Done in ${job.result.seconds.toFixed(1)} s`);
       state.results.set(job.result.id, job.result);
@@ -678,6 +689,7 @@ function listen() {
   on("open-mask", () => pick(openMask));
   on("open-image", () => pick(openImage));
   on("empty", async () => chooseMask((await askJson("POST", "/api/masks", state.mask ? { mask: state.mask.id } : {})).mask));
+  on("new-mask", () => running(() => ({ new_mask: true, seed: numberIn($("seed")) ?? 0 })));
   on("undo", () => step(undo.past, undo.future));
   on("redo", () => step(undo.future, undo.past));
   on("between", fillBetween);
@@ -748,6 +760,7 @@ async function begin() {
   $("steps").value = model.steps;
   $("guidance").value = typeof model.guidance === "number" ? model.guidance : "";
   $("guidance").disabled = !model.guides;
+  $("new-mask").hidden = !first.new_masks;
   $("seed").value = 0;
   $("masks").hidden = $("paint").hidden = model.mask === "none";
   const unknown = model.partial ? [{ code: model.unknown, name: "unknown: the model chooses" }] : [];

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from studios import TOKEN, RunningStudio, save_tiny_pipeline
+from studios import TOKEN, RunningStudio, loaded, save_tiny_pipeline
 from tiny import labels_of, mask_image, tiny_pipeline
 
 import edit as edit_command
@@ -533,6 +533,27 @@ def test_label_maps_are_generated_and_shown(tmp_path, monkeypatch):
     for other in (folder / "map_000_again.nii.gz", folder / "again/map_000.nii.gz"):
         assert np.array_equal(nib.as_closest_canonical(nib.load(other)).get_fdata(), values)
     studio.worker.close()
+
+
+def test_a_mask_is_generated_to_start_from(tmp_path):
+    masks, volumes = ROOT / "weights/hippocampus-masks", ROOT / "weights/hippocampus"
+    studio = Studios(volumes, tmp_path / "sessions", mask_pipe=lambda: loaded(masks))
+    client = studio.browser()
+    assert client.get("/api/state").json()["new_masks"]
+    job = finished(client, client.post("/api/jobs", json={"new_mask": True, "seed": 2}).json())
+    assert job["state"] == "done" and job["mask"]["name"] == "map_seed2" and job["result"] is None
+    drawing = np.frombuffer(client.get(f"/api/masks/{job['mask']['id']}/drawing").content, np.uint8)
+    generate_command.main(["--pipeline", str(masks), "--output", str(tmp_path / "map"), "--seed", "2"])
+    values = nib.as_closest_canonical(nib.load(tmp_path / "map/map_000.nii.gz")).get_fdata()
+    assert np.array_equal(drawing.reshape(job["mask"]["shape"], order="F"), values)
+    result = generated(client, mask=job["mask"]["id"], steps=2)
+    assert result["shape"] == job["mask"]["shape"]
+    studio.worker.close()
+
+
+def test_a_studio_without_masks_says_so(browser):
+    answer = browser.post("/api/jobs", json={"new_mask": True})
+    assert answer.status_code == 400 and "start it with --mask_pipeline" in answer.json()["error"]
 
 
 def test_a_package_of_another_layout_is_refused(tmp_path):

@@ -34,7 +34,7 @@ def printed(monkeypatch, tmp_path):
 
 def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
     folder = save_tiny_pipeline(tmp_path / "tiny")
-    monkeypatch.setattr(serving, "load", lambda settings: loaded(settings.pipeline))
+    monkeypatch.setattr(serving, "load", lambda settings, pipeline: loaded(pipeline))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for work in the background
     seen = []
 
