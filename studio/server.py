@@ -3,7 +3,7 @@
 import importlib.util
 import socket
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,7 +68,9 @@ def serve(settings: ServerSettings) -> None:
             host=settings.host,
             cookie=f"medvolume_studio_{port}",
             most=settings.upload_mb << 20,
-            mask_pipe=None if settings.mask_pipeline is None else cache(lambda: load(settings, settings.mask_pipeline)),
+            mask_pipe=None
+            if settings.mask_pipeline is None
+            else cache(partial(load, settings, settings.mask_pipeline)),
         )
         config = uvicorn.Config(make_app(studio), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
@@ -113,7 +115,7 @@ def from_anywhere(pipeline: str) -> str:
     return str(Path(pipeline).resolve()) if Path(pipeline).is_dir() else pipeline
 
 
-def load(settings: ServerSettings, pipeline: str | None) -> VolumePipeline:
+def load(settings: ServerSettings, pipeline: str) -> VolumePipeline:
     """Load a pipeline."""
     device = find_device(settings.device)
     pipe = MedVolumePipeline.from_pretrained(pipeline, dtype=DTYPES[settings.precision]).to(device)
