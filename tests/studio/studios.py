@@ -11,6 +11,7 @@ from studio.session import Sessions
 from studio.worker import Worker
 
 TOKEN = "a-token"
+PATIENCE = 600  # seconds at most: cores are shared, and the browser's renderer is software
 
 
 def save_tiny_pipeline(folder):
@@ -34,7 +35,7 @@ class RunningStudio:
         self.worker = Worker(lambda: loaded(pipeline), self.failures.append)
         self.sessions = Sessions(folder)
         self.app = make_app(Studio(str(pipeline), self.worker, self.sessions, TOKEN, niivue, **settings))
-        assert self.worker.loaded.wait(120), self.failures
+        assert self.worker.loaded.wait(PATIENCE), self.failures
 
 
 @cache

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from studios import TOKEN, RunningStudio, save_tiny_pipeline
+from studios import PATIENCE, TOKEN, RunningStudio, save_tiny_pipeline
 from tiny import labels_of
 
 from medvolume import MedVolumePipeline
@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ipyniivue") is None, reason="needs ipyniivue"),
 ]
 FLAGS = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-PATIENCE = 600  # seconds at most; the renderer is software, and cores are shared
 SHAPE = (12, 16, 8)
 
 
