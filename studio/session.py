@@ -1,5 +1,6 @@
 """One browser's session: its masks, images and results, in a folder that goes with it."""
 
+import re
 import secrets
 import shutil
 import threading
@@ -210,9 +211,8 @@ class Session:
 
     def shown(self, text: str) -> str:
         """Return a message without the folders of this session, which mean nothing to its user."""
-        for folder in sorted((path for path in self.folder.rglob("*") if path.is_dir()), key=str, reverse=True):
-            text = text.replace(f"{folder}/", "")
-        return text.replace(str(self.folder), "the session")
+        inside = rf"{re.escape(str(self.folder))}/\w+/\d+/{SERIES}/"  # see `new_folder`
+        return re.sub(inside, "", text).replace(str(self.folder), "the session")
 
 
 @dataclass
