@@ -90,6 +90,7 @@ COMMANDS = {
     "edit": Command("edit", "generate a part of an image again, insert or remove lesions"),
     "evaluate": Command("evaluate", "measure realism, usefulness and privacy of generated volumes"),
     "reader-study": Command("reader_study", "let people tell generated volumes from real ones, and rate both"),
+    "studio": Command("studio", "a page on which people paint a mask and see a volume"),
     "demo": Command("demo", "generate examples with the weights of the clone, with pictures"),
 }
 

@@ -52,6 +52,7 @@ ROOMS = (
     "evaluation",
     "reader_study",
     "recipes",
+    "studio",
     "benchmarks",
     "tools",
 )

@@ -28,7 +28,7 @@ def show_volume(volume: Any, mask: str | os.PathLike | nib.Nifti1Image | None = 
     """
     shown = layers(volume, mask)  # first, so that a mistake is named also where the package is missing
     try:
-        ipyniivue = importlib.import_module("ipyniivue")  # of an extra that development does not install
+        ipyniivue = importlib.import_module("ipyniivue")  # of the extra `studio`
     except ModuleNotFoundError as error:
         raise ValueError(
             f"show() needs {error.name}: pip install -e '.[studio]' -c constraints.txt, or pip install ipyniivue"

@@ -27,11 +27,13 @@ HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotli
 MODULES = [
     "reader_study",
     "recipes",
+    "studio",
     "evaluation.doctor",
     "evaluation.copies.fingerprints",
     "evaluation.data.label_budget",
 ]
-PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "evaluation.doctor")  # those of MODULES that are packages
+# Those of MODULES that are packages.
+PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "studio", "evaluation.doctor")
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
@@ -67,7 +69,16 @@ MODULES += [
 ]
 MODULES += [
     f"tools.{name}"
-    for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")
+    for name in (
+        "cluster_page",
+        "evidence",
+        "mutants",
+        "pictures",
+        "quickstart",
+        "settings_page",
+        "ship",
+        "studio_pictures",
+    )
 ]
 SCRIPTS = [
     "convert.py",

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "interop")
-LAYERS += ("training", "evaluation", "reader_study", "recipes")
+LAYERS += ("training", "evaluation", "reader_study", "recipes", "studio")
 ALLOWED: dict[str, set[str]] = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)}
 ENGINE = ROOT / "training/engine"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -19,6 +19,7 @@ def test_its_commands_take_the_options_that_it_gives_them():
         "demo",
         "prepare",
         "reader-study",
+        "studio",
     }
     for _, name, *words in lines:
         options = [word for word in words if word.startswith("--")]

@@ -1,0 +1,222 @@
+"""Somebody uses the studio in a real browser: opens a mask, paints, generates, compares, and takes the pair home."""
+
+import io
+import shutil
+import threading
+import time
+import zipfile
+from importlib.util import find_spec
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from studios import PATIENCE, TOKEN, RunningStudio, save_tiny_pipeline
+from tiny import labels_of
+
+from medvolume import MedVolumePipeline
+from pipelines.planning import volume_seed
+from studio.niivue import niivue_module
+
+pytest.importorskip("starlette", reason="needs the extra studio")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra studio")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
+    pytest.mark.skipif(find_spec("ipyniivue") is None, reason="needs ipyniivue"),
+]
+FLAGS = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+SHAPE = (12, 16, 8)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
+
+
+@pytest.fixture
+def address(pipeline, tmp_path):
+    """A studio behind a real server."""
+    studio = RunningStudio(pipeline, tmp_path / "sessions", niivue_module())
+    server = uvicorn.Server(uvicorn.Config(studio.app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/?token={TOKEN}"
+    server.should_exit = True
+    thread.join()
+    studio.worker.close()
+    assert studio.failures == []
+
+
+@pytest.fixture
+def page(address):
+    """The page, once it is ready. The test fails for errors of its scripts, and for requests to anywhere else."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        page.set_default_timeout(PATIENCE * 1000)
+        errors, elsewhere = [], []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda one: elsewhere.append(one.url) if not is_ours(one.url) else None)
+        page.goto(address)
+        until(lambda: page.evaluate("document.body.dataset.ready === 'true'"))
+        yield page
+        browser.close()
+    assert elsewhere == []
+    assert [error for error in errors if "400 (Bad Request)" not in error] == []
+
+
+def is_ours(url):
+    return url.startswith(("http://127.0.0.1:", "blob:", "data:"))
+
+
+def until(true):
+    """Wait; `page.wait_for_function` would need eval, which the page's policy forbids."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def boxes(page):
+    """Where everything is whose moving would be felt."""
+    names = ["#generate", "#left-canvas", "#right-canvas", "#results", "#collection", "#labels", "#seed", "#blink"]
+    return {name: page.locator(name).bounding_box() for name in names}
+
+
+def generated(page, count):
+    page.keyboard.press("g")
+    until(lambda: page.evaluate("studio.state.results.size") == count and page.locator("#generate").is_enabled())
+
+
+def axial_tile(page):
+    """The axial slice of the left view: its box on the page."""
+    left, top, width, height = page.evaluate(
+        "(() => { const nv = studio.left.nv, one = nv.screenSlices.find((one) => one.axCorSag === 0);"
+        " return [...one.leftTopWidthHeight].map((value) => value / nv.uiData.dpr); })()"
+    )
+    canvas = page.locator("#left-canvas").bounding_box()
+    return canvas["x"] + left, canvas["y"] + top, width, height
+
+
+def test_paint_generate_compare_and_download(page, pipeline, tmp_path):
+    # a mask of background in LAS order with voxels of three sizes, away from the origin
+    affine = np.diag([-1.0, 1.5, 2.0, 1.0])
+    affine[:3, 3] = 30, -12, 5
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16), affine), tmp_path / "case.nii.gz")
+    with page.expect_file_chooser() as chooser:
+        page.locator("#open-mask").click()
+    chooser.value.set_files(tmp_path / "case.nii.gz")
+    until(
+        lambda: page.evaluate("studio.state.mask?.name") == "case" and page.evaluate("studio.undo.now?.length") == 1536
+    )
+    before = boxes(page)
+
+    page.keyboard.press("2")
+    x, y, width, height = axial_tile(page)
+    start, end = (0.2, 0.3), (0.4, 0.3)  # of the tile's width and height: in the patient's right half, in front
+    page.mouse.move(x + start[0] * width, y + start[1] * height)
+    page.mouse.down()
+    for share in (0.25, 0.3, 0.35, end[0]):
+        page.mouse.move(x + share * width, y + end[1] * height)
+    page.mouse.up()
+    until(lambda: page.evaluate("studio.undo.past.length") == 1)
+
+    page.keyboard.press("Control+z")
+    assert page.evaluate("studio.left.nv.drawBitmap.every((code) => code === 0)")
+    page.keyboard.press("Control+Shift+z")
+    assert page.evaluate("studio.left.nv.drawBitmap.some((code) => code === 2)")
+
+    generated(page, 1)
+    page.locator("#seed").fill("5")
+    page.locator("#right-canvas").focus()
+    generated(page, 2)
+    assert boxes(page) == before
+
+    # compare: the second on the right, the first on the left; the crosshair is one; blink
+    page.locator("#left").select_option(label="#1 case_v2")
+    until(lambda: page.evaluate("studio.left.shows").startswith("result:") and page.locator("#blink").is_enabled())
+    canvas = page.locator("#right-canvas").bounding_box()
+    page.mouse.click(canvas["x"] + canvas["width"] * 0.3, canvas["y"] + canvas["height"] * 0.3)
+    places = page.evaluate("[studio.left, studio.right].map((pane) => [...pane.nv.scene.crosshairPos])")
+    assert np.allclose(*places, atol=1e-5) and not np.allclose(places[0], 0.5)
+    page.keyboard.press("k")
+    until(lambda: page.evaluate("studio.right.nv.volumes.length === 2 && studio.right.nv.volumes[1].opacity === 1"))
+    page.keyboard.press("k")
+    until(lambda: page.evaluate("studio.right.nv.volumes.length === 1"))
+    assert boxes(page) == before
+
+    with page.expect_download() as download:
+        page.locator(".card[data-id] >> nth=0 >> a").click()
+    pair = tmp_path / "pair"
+    with zipfile.ZipFile(io.BytesIO(download.value.path().read_bytes())) as packed:
+        packed.extractall(pair)
+    mask = nib.load(pair / "case_v2.nii.gz")
+    assert np.array_equal(mask.affine, affine) and mask.shape == SHAPE
+    check_stroke(mask, start, end)
+    pipe = MedVolumePipeline.from_pretrained(pipeline)
+    seed = volume_seed(5, "case_v2", 0)
+    theirs = pipe(mask=str(pair / "case_v2.nii.gz"), generator=[torch.Generator().manual_seed(seed)]).volumes[0]
+    ours = nib.load(pair / "case_v2_000.nii.gz")
+    assert int((ours.get_fdata() != theirs.get_fdata()).sum()) == 0 and ours.get_fdata().std() > 0
+    assert np.array_equal(ours.affine, affine)
+
+
+def check_stroke(mask, start, end):
+    """The painted voxels lie where the stroke was, by radiology's convention: the patient's right is on the left of the
+    screen, the front above."""
+    values = nib.as_closest_canonical(mask).get_fdata()
+    painted = np.argwhere(values == 5)  # the label of code 2
+    assert len(painted) >= 3 and set(np.unique(values)) == {0, 5}
+    x, y, _ = SHAPE
+    assert (
+        abs(painted[:, 0].max() + 0.5 - (1 - start[0]) * x) < 2
+        and abs(painted[:, 0].min() + 0.5 - (1 - end[0]) * x) < 2
+    )
+    assert abs(painted[:, 1].mean() + 0.5 - (1 - start[1]) * y) < 1.5
+    assert len(np.unique(painted[:, 2])) == 1
+
+
+def test_wrong_files_are_refused_on_the_page(page, tmp_path):
+    shown = page.locator("#mask").input_value()
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.int16), np.eye(4)), tmp_path / "seven.nii.gz")
+    (tmp_path / "notes.nii.gz").write_text("not a volume")
+    for name, message in (("seven.nii.gz", "holds"), ("notes.nii.gz", "notes.nii.gz: ")):
+        page.evaluate("say = document.getElementById('message').textContent = ''")
+        with page.expect_file_chooser() as chooser:
+            page.locator("#open-mask").click()
+        chooser.value.set_files(tmp_path / name)
+        until(lambda: page.locator("#message.bad").count() == 1 and page.locator("#message").inner_text() != "")
+        assert (
+            message in page.locator("#message").inner_text()
+            and str(tmp_path) not in page.locator("#message").inner_text()
+        )
+    assert page.locator("#mask").input_value() == shown
+    assert labels_of((8, 10, 12)).size == page.evaluate("studio.undo.now.length")
+
+
+def test_gaps_between_slices_are_filled(page):
+    """The chosen label grows from slice to slice, and covers background alone."""
+    x, y, z = 8, 10, 12  # the example mask
+    drawing = np.zeros((x, y, z), np.uint8)
+    drawing[2:4, 3:6, 2] = drawing[2:6, 3:8, 6] = 1
+    drawing[2, :, 4] = 2
+    page.keyboard.press("1")
+    page.evaluate(
+        "(codes) => { studio.left.nv.drawBitmap.set(codes); studio.undo.now.set(codes); }",
+        drawing.ravel(order="F").tolist(),
+    )
+    page.keyboard.press("i")
+    until(lambda: page.evaluate("studio.undo.past.length") == 1)
+    filled = np.array(page.evaluate("[...studio.left.nv.drawBitmap]"), np.uint8).reshape(drawing.shape, order="F")
+    changed = filled != drawing
+    assert (filled[changed] == 1).all() and (drawing[changed] == 0).all()
+    assert not changed[:, :, [0, 1, 2, 6, 7, 8]].any()
+    counts = [int((filled[3:, :, k] == 1).sum()) for k in range(2, 7)]
+    assert counts == sorted(counts) and counts[0] < counts[2] < counts[4]
+    for k in (3, 4, 5):  # within the larger slice, around the smaller one
+        ones = filled[:, :, k] == 1
+        assert ones[3, 3:6].all() and not (ones & (drawing[:, :, 6] != 1)).any()
