@@ -18,7 +18,7 @@ def niivue_module() -> str:
     """
     spec = find_spec(PACKAGE)  # it is not imported: that takes a second, and ipywidgets
     if spec is None or spec.origin is None:
-        raise ValueError("the studio's viewer is not installed; pip install 'medvolume[studio]'")
+        raise ValueError("the studio's viewer is not installed; pip install -e '.[studio]' -c constraints.txt")
     return with_export(Path(spec.origin).parent / "static" / "widget.js")
 
 

@@ -89,7 +89,7 @@ def serve(settings: ServerSettings) -> None:
 def check_installed() -> None:
     """Raises: ValueError if a package of the extra `studio` is missing."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"the studio needs {', '.join(missing)}: pip install 'medvolume[studio]'")
+        raise ValueError(f"the studio needs {', '.join(missing)}: pip install -e '.[studio]' -c constraints.txt")
 
 
 def listening(settings: ServerSettings) -> socket.socket:
