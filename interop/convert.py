@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,7 @@ def convert(
     _check_options(format_name, kind, network, license)
     arguments = None if network is None else read_object(network)
     sources = _sources(format_name, kind, weights)
-    scales = {source.scale_factor for _, source in sources} - {None}
-    scale_factor = next(iter(scales), None) if scale_factor is None else scale_factor
+    scale_factor = _one_scale([source for _, source in sources], scale_factor)
     restricted = license or kind.restricted
     parts = []
     for part, source in sources:
@@ -144,6 +143,8 @@ def _check_options(format_name: str, kind: Format, network: Path | None, license
         )
     if not given and network is not None:
         raise ValueError(f"{format_name}: the network of this format is known; omit --network")
+    if license is not None and not (license.strip() and license.isprintable()):
+        raise ValueError(f"--license {license!r:.80}: give its name on one line, such as CC-BY-4.0")
     if license is not None and kind.license is not None:
         raise ValueError(f"{format_name}: the license is {kind.license}; omit --license")
 
@@ -166,6 +167,20 @@ def _value_range(format_name: str, kind: Format, given: tuple[float, float] | No
     if found is None:
         raise ValueError(f"{format_name}: give the intensities of the training volumes: --value_range 0 1, or -1 1")
     return [float(value) for value in found]
+
+
+def _one_scale(sources: Sequence[Source], given: float | None) -> float | None:
+    """Return the scale factor of the files, or the one that was given; None if there is neither.
+
+    Raises: FileError where they differ, naming the files.
+    """
+    found = {source.path: source.scale_factor for source in sources if source.scale_factor is not None}
+    scales = [*found.values(), *([] if given is None else [given])]
+    if any(not math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales[1:]):
+        listed = ", ".join(f"{path} has {scale:.9g}" for path, scale in found.items())
+        asked = "" if given is None else f", --scale_factor is {given:.9g}"
+        raise FileError(f"the scale factors differ: {listed}{asked}; convert files of one training, without the option")
+    return scales[0] if scales else None
 
 
 def _statistics(config: Mapping[str, Any], scale_factor: float | None) -> dict[str, list[float]]:

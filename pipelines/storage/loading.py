@@ -166,7 +166,8 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
     vae = model_class.from_pretrained(found)
     if vae.config["latents_std"] is None:
         raise ValueError(
-            f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
+            f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends, and "
+            "`medvolume convert` takes them from --scale_factor: train, or convert again with it"
         )
     return vae.eval().requires_grad_(False)
 

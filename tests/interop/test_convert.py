@@ -161,6 +161,33 @@ def test_weights_are_kept_bit_for_bit_with_card_and_provenance(tmp_path, monkeyp
     assert record["networks"]["vae"]["sha256"] in card
 
 
+def test_scale_factors_that_differ_are_refused(tmp_path, monkeypatch):
+    """One taken at random would shift every latent."""
+    peers.narrow(monkeypatch, "maisi-rflow-mr")
+    peers.write_maisi(tmp_path / "hub", "maisi-rflow-mr")
+    with pytest.raises(ValueError, match=r"scale factors differ: .*pt has 1\.25, --scale_factor is 2"):
+        convert("maisi-rflow-mr", tmp_path / "hub", tmp_path / "out", scale_factor=2.0)
+    convert("maisi-rflow-mr", tmp_path / "hub", tmp_path / "out", scale_factor=1.25)
+
+
+@pytest.mark.parametrize("license", ["MIT\n# A heading of the card", " ", "a\x1b[2J"])
+def test_a_license_is_one_line(tmp_path, license):
+    (tmp_path / "network.json").write_text("{}")
+    with pytest.raises(ValueError, match="--license .*on one line"):
+        convert("monai-autoencoderkl", tmp_path, tmp_path / "out", network=tmp_path / "network.json", license=license)
+
+
+def test_an_autoencoder_without_a_scale_factor_says_what_to_type(tmp_path):
+    arguments = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "num_res_blocks": 1, "channels": [8]}
+    arguments |= {"attention_levels": [False], "latent_channels": 3, "norm_num_groups": 4}
+    torch.save(AutoencoderKL(**arguments).state_dict(), tmp_path / "vae.pt")
+    (tmp_path / "network.json").write_text(json.dumps(arguments))
+    options = {"network": tmp_path / "network.json", "value_range": (0.0, 1.0)}
+    convert("monai-autoencoderkl", tmp_path / "vae.pt", tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="convert again with it"):
+        load_autoencoder(tmp_path / "out")
+
+
 def test_a_scale_factor_that_is_an_image_of_monai_is_read(tmp_path, monkeypatch):
     """MAISI computes it from a MetaTensor, which torch.save writes with all that it knows of its file."""
     peers.narrow(monkeypatch, "maisi-rflow-ct")
