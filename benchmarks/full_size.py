@@ -48,7 +48,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import tempfile
 import time
 from dataclasses import replace
-from typing import Any, Required, TypedDict
+from typing import Any, Required, TypedDict, cast
 
 import torch
 
@@ -212,10 +212,8 @@ def generation(recipe: str, shape: Sequence[int], small: bool, folder: str) -> W
         assert models.unet is not None
         channels = models.vae.config["latent_channels"]
         models.vae.set_latent_statistics([0.0] * channels, [1.0] * channels)
-        vae: Any = models.vae.eval()
-        pipe: Any = MedVolumePipeline(
-            vae, models.unet.eval(), make_scheduler("rectified_flow"), description(models, shape)
-        )
+        vae, unet = cast(Any, models.vae.eval()), cast(Any, models.unet.eval())
+        pipe: Any = MedVolumePipeline(vae, unet, make_scheduler("rectified_flow"), description(models, shape))
         conditions: Any = {"shape": tuple(shape)} if mask is None else {"mask": mask}
         start = time.perf_counter()
         pipe(**conditions, num_inference_steps=1, batch_size=1, paths=str(Path(folder) / "volume.nii.gz"))

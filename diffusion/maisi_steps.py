@@ -20,7 +20,7 @@ class FlowMatchMaisiScheduler(FlowMatchEulerDiscreteScheduler):
 
     halves: Tensor  # the timesteps, and 0
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the steps. The timesteps are `1 - i / n`, shifted (`shift`) and rounded."""
         total, shift = self.config["num_train_timesteps"], torch.tensor(self.shift, dtype=torch.float32)
         even = [(1.0 - i / num_inference_steps) * total / total for i in range(num_inference_steps)]
@@ -31,12 +31,12 @@ class FlowMatchMaisiScheduler(FlowMatchEulerDiscreteScheduler):
         self.sigmas = halves.float() / total  # what the noise is taken for, by guidance and edits
         self._step_index = self._begin_index = None
 
-    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """Take one step: `sample - model_output * (t - floor(next t)) / 1000`, for a velocity from image to noise."""
         if self.step_index is None:
-            self._init_step_index(timestep)
+            self._init_step_index(timestep)  # pyright: ignore[reportArgumentType]
         index = self.step_index
         assert index is not None
         change = float(self.halves[index] - int(self.halves[index + 1])) / self.config["num_train_timesteps"]

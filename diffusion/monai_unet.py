@@ -238,7 +238,7 @@ class MonaiUNet3D(LatentDenoiser):
         of_class = {} if classes is None else dict(zip(schema.classes, classes.unbind(1), strict=True))
         top, bottom = (self._region(of_class.get(name), sample.dtype) for name in reversed(REGION_CLASSES))
         predicted = self.network(
-            pad_at_end(sample, (self.stride,) * 3),
+            pad_at_end(sample, (self.stride, self.stride, self.stride)),
             torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
             context=context,
             class_labels=self._labels(of_class),

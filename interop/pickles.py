@@ -230,18 +230,18 @@ class _Unpickler(pickle._Unpickler):  # Python's own, not C's: keys are checked 
 
     def load_setitem(self) -> None:
         """Set an entry of a dict. Raises: Refused for a key that is not text or a number; so do the next two."""
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
+        _check_keys(self.stack[-2:-1])  # pyright: ignore[reportAttributeAccessIssue]
+        super().load_setitem()  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_setitems(self) -> None:
         """Set entries of a dict."""
-        _check_keys(self.stack[::2])
-        super().load_setitems()
+        _check_keys(self.stack[::2])  # pyright: ignore[reportAttributeAccessIssue]
+        super().load_setitems()  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_dict(self) -> None:
         """Make a dict."""
-        _check_keys(self.stack[::2])
-        super().load_dict()
+        _check_keys(self.stack[::2])  # pyright: ignore[reportAttributeAccessIssue]
+        super().load_dict()  # pyright: ignore[reportAttributeAccessIssue]
 
     dispatch |= {
         pickle.SETITEM[0]: load_setitem,

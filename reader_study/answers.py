@@ -104,9 +104,7 @@ def _of_reader(file: Path, reader: str, given: Any, key: StudyKey) -> list[Readi
         if entry is None or not entry.get("done"):
             continue
         answers = _checked(file, item, entry.get("answers"))
-        milliseconds, visits = entry.get("milliseconds"), entry.get("visits")
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (milliseconds, visits)):
-            raise ValueError(f"{file}: item {item.id} has no times; was the file edited?")
+        milliseconds, visits = (_time(file, item, entry.get(name)) for name in ("milliseconds", "visits"))
         comment = entry.get("comment")
         sources = [key.cases[number].source for number in item.cases]
         source = next((name for name in sources if name != REAL), REAL)
@@ -114,6 +112,13 @@ def _of_reader(file: Path, reader: str, given: Any, key: StudyKey) -> list[Readi
         side = ("L" if sources[0] == REAL else "R") if item.section == "pair" else ""
         readings.append(Reading(reader, item, source, answers, text, milliseconds / 1000, int(visits), side, file))
     return readings
+
+
+def _time(file: Path, item: Item, value: object) -> float:
+    """Return a number of an answer. Raises: ValueError for anything else."""
+    if not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"{file}: item {item.id} has no times; was the file edited?")
+    return value
 
 
 def _checked(file: Path, item: Item, given: Any) -> dict[str, str]:

@@ -5,8 +5,9 @@ python -m tools.samplers_page weights/hippocampus/results/samplers_validation.js
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from cli.command import run_command
 from tools.markdown import parse_page, rewrite_between
@@ -30,7 +31,8 @@ END = "<!-- end of samplers -->"
 def measured(path: Path) -> str:
     """Return the table of a report, and how it was measured. Raises: ValueError for another file."""
     report = read_report(path)
-    settings, sources = report["settings"], [entry["measured"] for entry in report["combinations"]]
+    settings = cast(Mapping[str, Any], report["settings"])
+    sources: list[Mapping[str, Any]] = [entry["measured"] for entry in report["combinations"]]
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(str(one["command"]) for one in sources))
     masks = f"{len(settings['masks'])} {settings.get('split', 'test')} masks"
     return (

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentUNet3D, make_scheduler
+from diffusion import LatentDenoiser, LatentUNet3D, make_scheduler
 from diffusion.distillation import Teacher
 from diffusion.guidance import autoguidance_in_effect, interval_in_effect
 from diffusion.latents.cache import weights_hash
@@ -89,7 +89,7 @@ def load_teacher(
     return teacher, pipe.data
 
 
-def student_model(section: dict[str, Any], teacher: LatentUNet3D) -> dict[str, Any]:
+def student_model(section: dict[str, Any], teacher: LatentDenoiser) -> dict[str, Any]:
     """Return the model section of a student: the teacher's, with another objective.
 
     Raises: ValueError naming the arguments of `section` that differ from it.

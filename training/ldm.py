@@ -91,7 +91,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         average.register_to_config(subjects=records)
         threshold = measure_background(train, vae) if config.data.empty_background else None
         described = dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
-        pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
+        network: Any = average  # one of the two classes that the pipeline names
+        pipe = MedVolumePipeline(vae, network, step.make_scheduler(), data=described)
         # Those of the previews; a student has its teacher's guidance.
         pipe.sampling_settings = SamplingSettings(step.inference_steps, None if teacher is None else 1.0)
         save_model(pipe, output / "pipeline")

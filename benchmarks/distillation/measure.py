@@ -37,7 +37,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion import LatentUNet3D, denoise, fit_scheduler, make_scheduler
+from diffusion import LatentDenoiser, denoise, fit_scheduler, make_scheduler
 from diffusion.denoise import Autoguidance
 from diffusion.distillation import Teacher
 from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW
@@ -99,7 +99,7 @@ class Bench:
         return self.samples(self.teacher.unet, scheduler, steps, self.teacher)
 
     def samples(
-        self, unet: LatentUNet3D, own: Scheduler, steps: int, guide: Teacher | None = None
+        self, unet: LatentDenoiser, own: Scheduler, steps: int, guide: Teacher | None = None
     ) -> tuple[list[Tensor], int]:
         """Return the latents of all validation volumes, from the same noise for all models, and the calls for each."""
         latents, calls = [], []

@@ -1,12 +1,12 @@
 """What a student cannot do that its teacher can."""
 
 from ..denoise import steps_of
+from ..denoiser import LatentDenoiser
 from ..guidance import Guidance, autoguidance_in_effect, guidance_in_effect
-from ..unet import LatentUNet3D
 
 
 def check_guidance_of_student(
-    unet: LatentUNet3D, scale: Guidance, autoguidance: float | None, without: object = None
+    unet: LatentDenoiser, scale: Guidance, autoguidance: float | None, without: object = None
 ) -> None:
     """Raise ValueError if a student is to be guided: it has learned its teacher's guidance, which would act twice."""
     if unet.takes_next_timestep and without:
@@ -23,7 +23,7 @@ def check_guidance_of_student(
         )
 
 
-def check_inpainting_of_student(unet: LatentUNet3D, strength: float, steps: int) -> None:
+def check_inpainting_of_student(unet: LatentDenoiser, strength: float, steps: int) -> None:
     """Raise ValueError if a student is to fill a region in one call: it would not see how the region's surroundings
     look."""
     if unet.takes_next_timestep and steps_of(strength, steps) < 2:

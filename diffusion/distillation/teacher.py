@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..conditioning import Conditions
 from ..denoise import Autoguidance, StepChange, denoise
+from ..denoiser import LatentDenoiser
 from ..guidance import Guidance, Interval, check_guidance
 from ..objectives import RECTIFIED_FLOW, TRAIN_STEPS, fit_scheduler
 from ..scheduler_options import Scheduler
-from ..unet import LatentUNet3D
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -46,12 +46,12 @@ class Teacher:
     Raises: ValueError naming what does not fit.
     """
 
-    unet: LatentUNet3D
+    unet: LatentDenoiser
     scheduler: Scheduler
     steps: int = 20
     guidance: Guidance = 1.0
     interval: Interval | None = None
-    weak: LatentUNet3D | None = None
+    weak: LatentDenoiser | None = None
     autoguidance: float = 1.0
     calls: Sequence[int] = (1, 2, 4)
     pairs: int = 8
@@ -176,7 +176,7 @@ class Teacher:
         return states, levels
 
 
-def _embedded(unet: LatentUNet3D, conditions: Conditions) -> Conditions:
+def _embedded(unet: LatentDenoiser, conditions: Conditions) -> Conditions:
     """Return the conditions with the mask embedded, once and not at each step."""
     if unet.mask_embedding is None or conditions.mask is None:
         return conditions
