@@ -25,7 +25,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     count = Number(PositiveInt)
     parser.add_argument("--sides", type=count, nargs="+", default=SIDES, help="of the cubes of voxels (64 128 96)")
     parser.add_argument("--large", type=count, nargs="*", default=(), help="of cubes that are decoded in slabs only")
-    parser.add_argument("--channels", type=count, nargs="+", default=CHANNELS, help="of the levels (64 128 256)")
+    parser.add_argument("--channels", type=count, nargs=3, default=CHANNELS, help="of the levels (64 128 256)")
     parser.add_argument("--groups", type=count, default=32, help="of the norms (32)")
     parser.add_argument("--slab_mib", type=count, default=256, help="MiB that activations may take (256)")
     parser.add_argument("--timeout", type=count, default=240, help="minutes after which a coding is given up (240)")

@@ -75,6 +75,7 @@ MODULES += [
         "mutants",
         "pictures",
         "quickstart",
+        "samplers_page",
         "settings_page",
         "ship",
         "studio_pictures",

@@ -47,6 +47,13 @@ def test_hippocampus_from_a_mask():
     assert means == pytest.approx([475.8731, 367.0596], abs=span)
 
 
+def test_a_student_of_the_hippocampus():
+    (volume,) = generate("hippocampus-fast", mask=MASK)
+    span = TOLERANCE * (928.4489 - 27.9692)
+    voxels = [volume[10, 20, 15], volume[17, 25, 18], volume[25, 30, 12]]
+    assert voxels == pytest.approx([439.2075, 630.8058, 579.5633], abs=span)
+
+
 def test_masks_of_the_hippocampus():
     (volume,) = generate("hippocampus-masks", shape=(36, 52, 36))
     assert (volume[18, 33, 14], volume[19, 13, 24], volume[0, 0, 0]) == (1, 2, 0)

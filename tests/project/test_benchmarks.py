@@ -326,7 +326,7 @@ def test_the_page_on_large_latents_holds_the_report():
 
 def test_a_tiny_run_of_slabs_beside_the_whole(tmp_path):
     report, page = tmp_path / "slabs.json", tmp_path / "page.md"
-    sizes = ["--channels", "8", "8", "--groups", "4", "--sides", "8", "--large", "16", "--slab_mib", "1"]
+    sizes = ["--channels", "8", "8", "16", "--groups", "4", "--sides", "8", "--large", "16", "--slab_mib", "1"]
     found = group_norm_streaming.main(["--output", str(report), *sizes])
     assert json.loads(report.read_text())["rows"] == found["rows"] and found["parameters"] > 1000
     ran = [(row["job"], row["network"], row["side"], row["status"]) for row in found["rows"]]
