@@ -74,7 +74,7 @@ def test_the_hippocampus_is_sampled_as_its_card_was_measured():
 
 GUIDED = {"num_inference_steps": 8, "guidance_scale": 2.0, "guidance_interval": [0.2, 0.8]}
 PLAIN = {"num_inference_steps": 20, "guidance_scale": 1.0}
-SHIPPED = {"hippocampus": GUIDED, "hippocampus-fast": {"num_inference_steps": 2}}
+SHIPPED = {"hippocampus": GUIDED, "hippocampus-fast": {"num_inference_steps": 2, "guidance_scale": 1.0}}
 
 
 @pytest.mark.parametrize("name", ["hippocampus", "hippocampus-fast", "hippocampus-masks", "adrenal-shapes"])
