@@ -34,6 +34,7 @@ def browser(tmp_path):
 
 def opened(browser, folder, requests, errors):
     page = browser.new_page()
+    page.set_default_timeout(180_000)  # a busy machine draws slowly
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
