@@ -65,7 +65,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, object]:
     seconds_per_volume = time_generation(
         pipe, masks, steps=options.steps, repeats=options.repeats, guidance_scale=options.guidance_scale
     )
-    record = pipe(masks[0], num_inference_steps=options.steps, guidance_scale=options.guidance_scale).provenance[0]
+    settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    record = pipe(masks[0], **settings, output_type="latent").provenance[0]
     report = {
         "benchmark": "generation",
         "pipeline": options.pipeline.name,

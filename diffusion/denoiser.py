@@ -1,5 +1,6 @@
 """LatentDenoiser: what pipelines and training ask of a U-Net, whoever designed it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -28,7 +29,7 @@ class LossSettings(TypedDict):
     betas: Betas | None
 
 
-class LatentDenoiser(VolumeModel, PeftAdapterMixin):
+class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
     """A U-Net over latents: `LatentUNet3D`, or `MonaiUNet3D`. Called as `unet(latents, timestep, **conditions)`, where
     `conditions` are those of its `condition_schema` (`Conditions.as_kwargs`), it predicts its `objective`.
 
@@ -43,16 +44,16 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin):
     mask_stride: tuple[int, int, int]  # of a model with masks
 
     @classmethod
+    @abstractmethod
     def complete(
         cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
     ) -> dict[str, object]:
         """Return a model section with the entries that autoencoder and data decide, see `complete_model`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def condition_schema(self) -> ConditionSchema:
         """The conditions that this model knows. Raises: ValueError for a config that contradicts itself."""
-        raise NotImplementedError
 
     @property
     def train_steps(self) -> int:

@@ -224,7 +224,7 @@ def read_key(path: Path) -> StudyKey:
 def _check_item(item: Item, cases: int) -> None:
     """Raise ValueError for an item of a key that names no case, or another section than there are."""
     if item.section not in ("training", "single", "pair") or len(item.cases) != 1 + (item.section == "pair"):
-        raise ValueError(f"item {item.id!r:.40} is no training case, volume or pair")
+        raise ValueError(f"item {item.id!r:.40} is not a training case, a volume or a pair")
     for number in item.cases:
         if type(number) is not int or not 0 <= number < cases:
             raise ValueError(f"item {item.id!r:.40} shows case {number!r:.40}, of {cases}")

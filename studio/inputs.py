@@ -68,7 +68,7 @@ class Page:
         return x, y, z
 
     def empty_grid(self, shape: object) -> Volume:
-        """Return a grid of this shape on the model's template. Raises: ValueError for what is no shape."""
+        """Return a grid of this shape on the model's template. Raises: ValueError for anything but a shape."""
         x, y, z = self.usual_shape if shape is None else whole_shape(shape)
         return Volume(np.broadcast_to(np.int16(0), (1, x, y, z)), np.array(self.pipe.data.affine, dtype=np.float64))
 

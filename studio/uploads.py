@@ -32,7 +32,7 @@ async def receive_file(body: AsyncIterator[bytes], folder: Path, name: str, most
 
     Args:
         most: bytes.
-    Raises: ValueError for a name that is no plain file name, and for a file that is there. TooLarge above `most`
+    Raises: ValueError for a name that is not a plain file name, and for a file that is there. TooLarge above `most`
     bytes; nothing is left of the file then.
     """
     path = folder / plain_name(name)
@@ -91,8 +91,8 @@ def uploaded_volume(folder: Path, most: int) -> Path:
 def unpack(archive: Path, folder: Path, most: int) -> None:
     """Unpack the regular files of a zip into one new folder, under names of our own where a name occurs twice.
 
-    Raises: ValueError for what is no zip, is encrypted, or holds too many files. TooLarge for more than `most` bytes;
-    what the archive says of its sizes is not trusted.
+    Raises: ValueError for anything but a zip, an encrypted one, and one of too many files. TooLarge for more than
+    `most` bytes; what the archive says of its sizes is not trusted.
     """
     folder.mkdir()
     left = most

@@ -31,6 +31,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from evaluation.html import build_page, write_page
+from evaluation.html.realism import consistent_claim
 from evaluation.html.render import ORDER
 from files.documents import read_object
 from tools.ship import fill, summaries
@@ -50,6 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
         tables = Path(folder, "report.md").read_text()
     tables = tables[tables.index("\n## ") :]  # the title and the summary are written by hand
     text = fill((ROOT / "docs/evidence.in.md").read_text(), {**reports, **summaries(reports)} | {
+        "slices": consistent_claim(reports.get("realism")).sentence.partition(" statistics")[0],
         "tables": re.sub(r"^##", "###", tables, flags=re.MULTILINE).strip(),
     })  # fmt: skip
     (ROOT / "docs/evidence.md").write_text(text)

@@ -1,6 +1,6 @@
-"""Draw the pictures of docs/conditions, and of samples in few steps, with trained pipelines.
+"""Draw the pictures of docs/conditions, and of README, with trained pipelines.
 
-    python -m tools.pictures mask|classes|numbers|images|edits|calls [--pipeline DIR]
+    python -m tools.pictures mask|classes|numbers|images|edits|calls|demo [--pipeline DIR]
 
 Each command prints its measurements on the generated volumes, and writes them beside the picture as JSON.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
 
-NAMES = ("mask", "edits", "classes", "images", "numbers", "calls")
+NAMES = ("mask", "edits", "classes", "images", "numbers", "calls", "demo")
 OF_VOLUMES = ("edits", "images")  # pictures that need real volumes
 
 
@@ -292,6 +292,25 @@ def calls(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     return slices_figure(columns), measured
 
 
+def demo(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
+    """Generate from four masks of test subjects, with the pipeline's own sampling settings."""
+    masks = [read_mask(HIPPOCAMPUS / "masks" / f"hippocampus_{name}.nii.gz") for name in ("015", "017", "023", "056")]
+    out = pipe(mask=masks, generator=seeds(len(masks)), output_type="np")
+    columns, measured = [], {}
+    for number, (mask_volume, volume) in enumerate(zip(masks, out.volumes, strict=True)):
+        title, inside = f"test subject {number + 1}", mask_volume.array[0] > 0
+        measured[title] = {"mean inside the mask": float(volume[0][inside].mean())}
+        columns.append(
+            {
+                "title": title,
+                "images": {"generated": volume[0]},
+                "mask": mask_volume.array,
+                "spacing": mask_volume.spacing,
+            }
+        )
+    return slices_figure(columns), measured
+
+
 def _masked_means(case: Case) -> tuple[float, float]:
     """Return the mean SUV, clipped at 10, in the tumor and around it."""
     assert case.mask is not None
@@ -306,6 +325,7 @@ PICTURES: dict[str, tuple[Callable[..., tuple[Figure, Measured]], Path]] = {
     "images": (images, ROOT / "output" / "sarcoma" / "ldm" / "pipeline"),
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
     "calls": (calls, STUDENT),
+    "demo": (demo, HIPPOCAMPUS),
 }
 
 assert set(NAMES) == set(PICTURES)  # --help lists them before they are defined

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,6 +27,7 @@ from pipelines.storage.provenance import content_hash, stored_tensors
 from volumes import DataConfig, VolumeDataset, describe
 from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
+from volumes.description import ChannelNoise, DataDescription
 
 from .background import check_background, measure_background
 from .build import build_model, initialize_from
@@ -87,12 +88,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             trained_on = {"data": train.preprocessing, "subjects": records}
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
-        noise = tuple(measure_noise(train, vae)) if config.residual_noise else known_noise
         average.register_to_config(subjects=records)
-        threshold = measure_background(train, vae) if config.data.empty_background else None
-        described = dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
-        network: Any = average  # one of the two classes that the pipeline names
-        pipe = MedVolumePipeline(vae, network, step.make_scheduler(), data=described)
+        described = measured(data, train, vae, config, known_noise)
+        pipe = MedVolumePipeline(vae, cast(Any, average), step.make_scheduler(), data=described)
         # Those of the previews; a student has its teacher's guidance.
         pipe.sampling_settings = SamplingSettings(step.inference_steps, None if teacher is None else 1.0)
         save_model(pipe, output / "pipeline")
@@ -108,6 +106,19 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         ),
         contents={**digests(train), "autoencoder": weights_hash(vae.encoder)},
     )
+
+
+def measured(
+    data: DataDescription,
+    train: VolumeDataset,
+    vae: VolumeAutoencoder,
+    config: TrainLdmConfig,
+    known_noise: tuple[ChannelNoise, ...] | None,
+) -> DataDescription:
+    """Return the description with residual noise (measured, or that of a teacher) and the background's threshold."""
+    noise = tuple(measure_noise(train, vae)) if config.residual_noise else known_noise
+    threshold = measure_background(train, vae) if config.data.empty_background else None
+    return dataclasses.replace(data, residual_noise=noise, background_threshold=threshold)
 
 
 def model_of(init_from: str | None) -> dict[str, object]:

@@ -85,7 +85,7 @@ class TrainLdmConfig:
         model: `class:` and that class's constructor arguments, except those that the autoencoder and the data decide.
             Default: that of `init_from`. With `distill` it is the teacher's, and absent.
         cache: latents of the training volumes.
-        latents: what the U-Net learns of each volume: sample, from the autoencoder's posterior, anew in each step; or
+        latents: what the U-Net learns of each volume: sample, from the autoencoder's posterior, again in each step; or
             mode, its mean, without the posterior's noise, which may be a large part of it (doctor names it). Default:
             sample, and mode for autoencoders of MAISI and MONAI.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.

@@ -117,7 +117,7 @@ class FeatureMap:
         self.spool = spool
         self.depth = 0  # planes that were written
         self._released = 0
-        self._planes: dict[int, list[Tensor | Chunks]] = {}  # by position; one a volume of the batch
+        self._planes: dict[int, list[Tensor | Chunks]] = {}  # by position; one for each volume of the batch
 
     def append(self, slab: Tensor) -> None:
         """Write the next planes (B, C, n, Y, X), and count them in the statistics."""

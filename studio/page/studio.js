@@ -324,7 +324,7 @@ async function blink() {
   $("blink").setAttribute("aria-pressed", "true");
 }
 
-// The right volume minus the left one, in the right view: gray is no difference.
+// The right volume minus the left one, in the right view: where they are equal, it is gray.
 async function difference() {
   if (right.shows === "difference") return showRight($("right").value);
   if (!canBlink()) throw new Error("Choose another volume of the same grid in the left view first.");

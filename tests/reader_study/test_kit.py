@@ -235,7 +235,10 @@ def damaged(key, change):
         (lambda key: key["readers"]["reader_1"][0].update(cases=[999]), "shows case 999, of 12"),
         (lambda key: key["readers"]["reader_1"][0].update(cases=["a"]), "shows case 'a'"),
         (lambda key: key["readers"]["reader_1"][0].update(cases=[-1]), "shows case -1"),
-        (lambda key: key["readers"]["reader_1"][0].update(section="other"), "is no training case, volume or pair"),
+        (
+            lambda key: key["readers"]["reader_1"][0].update(section="other"),
+            "is not a training case, a volume or a pair",
+        ),
         (lambda key: key["cases"][0].update(source=5), "lacks a name, file or source"),
         (lambda key: key.pop("readers"), "KeyError"),
     ],
