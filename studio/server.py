@@ -54,9 +54,12 @@ def serve(settings: ServerSettings) -> None:
     with listening(settings) as listener, TemporaryDirectory(prefix="medvolume-studio-") as folder:
         port = listener.getsockname()[1]
 
+        server: uvicorn.Server | None = None
+
         def failed(error: BaseException) -> None:
             failures.append(error)
-            server.should_exit = True
+            if server is not None:
+                server.should_exit = True
 
         worker = Worker(lambda: load(settings, settings.pipeline), failed)
         studio = Studio(
@@ -74,6 +77,7 @@ def serve(settings: ServerSettings) -> None:
         )
         config = uvicorn.Config(make_app(studio), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
+        server.should_exit = bool(failures)  # of a model that could not be loaded before there was a server
         if not is_loopback(settings.host):
             print(RISK.format(host=settings.host, port=port), flush=True)
         print(f"The studio is at {address(settings.host, port)}/?token={studio.token}", flush=True)

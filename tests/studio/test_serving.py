@@ -18,7 +18,7 @@ from studio.__main__ import parse
 from studio.server import ServerSettings, address, check_installed, from_anywhere, listening, serve
 
 pytest.importorskip("starlette", reason="needs the extra studio")
-pytest.importorskip("uvicorn", reason="needs the extra studio")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra studio")
 
 
 @pytest.fixture
@@ -64,6 +64,37 @@ def test_a_pipeline_that_cannot_be_loaded_ends_it(tmp_path, printed):
         serve(ServerSettings(str(tmp_path / "nowhere"), host="0.0.0.0", port=0))
     [caution] = [line for line in printed if "Caution" in line]
     assert "other machines reach the studio" in caution and "ssh -L" in caution
+
+
+def test_a_model_that_fails_before_there_is_a_server_ends_it(tmp_path, printed, monkeypatch):
+    """Loading fails in another thread, at once for a folder that is not there; the studio then served for ever."""
+    failed = threading.Event()
+
+    def load(settings, pipeline):
+        try:
+            raise ValueError("no pipeline in nowhere")
+        finally:
+            failed.set()
+
+    def config(*args, **options):
+        failed.wait()
+        time.sleep(0.5)
+        return real(*args, **options)
+
+    real = uvicorn.Config
+    monkeypatch.setattr(serving, "load", load)
+    monkeypatch.setattr("uvicorn.Config", config)
+    ended = []
+
+    def run():
+        with pytest.raises(CannotContinue, match="nowhere"):
+            serve(ServerSettings(str(tmp_path / "nowhere"), port=0))
+        ended.append(True)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert ended
 
 
 def test_a_port_that_is_taken_is_refused():
