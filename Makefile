@@ -38,7 +38,7 @@ test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow -o faulthandler_timeout=3600
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -16,6 +16,6 @@
 
 Modules: `niivue` (the viewer), `labels` (bytes of a drawing), `views` (volumes for the viewer), `uploads` (what users
 send), `session` (masks, images and results of one browser), `inputs` (what the page asks for), `worker` (the queue),
-`again` (copy as Python, copy as command), `downloads` (archives), `guard` (token and cookie), `app` (the routes),
-`server` (start and end).
+`again` (copy as Python, copy as command), `downloads` (archives), `guard` (token and cookie), `routes` (what the page
+may ask), `app` (their addresses), `server` (start and end).
 """

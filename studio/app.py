@@ -1,4 +1,4 @@
-"""The routes of the studio: what the page asks of the server. Errors of users come back as {"error": message}."""
+"""The application of the studio: the page and its routes. Errors of users come back as {"error": message}."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from starlette.routing import Route
 
 from cli.command import users_message
 
-from . import input_routes, job_routes, result_routes
 from .guard import Guard, allowed_hosts
-from .shared import NotFound, NotLoaded, Studio, session_of, studio_of
+from .routes import inputs, jobs, results
+from .routes.shared import NotFound, NotLoaded, Studio, session_of, studio_of
 from .uploads import TooLarge
 
 PAGE = Path(__file__).parent / "page"
@@ -62,7 +62,7 @@ async def get_state(request: Request) -> Response:
             "masks": [mask.to_json() for mask in list(session.masks.values())],
             "images": [image.to_json() for image in list(session.images.values())],
             "results": [result.to_json() for result in list(session.results.values())],
-            "jobs": [job_routes.job_json(studio.worker, job) for job in studio.worker.of(session.id)],
+            "jobs": [jobs.job_json(studio.worker, job) for job in studio.worker.of(session.id)],
         }
     )
 
@@ -78,24 +78,24 @@ async def end_session(request: Request) -> Response:
 
 ROUTES = [
     ("GET", "/api/state", get_state),
-    ("POST", "/api/uploads", input_routes.begin_upload),
-    ("PUT", "/api/uploads/{upload}", input_routes.upload_file),
-    ("POST", "/api/masks", input_routes.add_mask),
-    ("GET", "/api/masks/{mask}/drawing", input_routes.get_drawing),
-    ("GET", "/api/masks/{mask}/view", input_routes.view_mask),
-    ("POST", "/api/masks/{mask}/paint", input_routes.paint_mask),
-    ("GET", "/api/masks/{mask}/file", input_routes.get_mask_file),
-    ("POST", "/api/images", input_routes.add_image),
-    ("GET", "/api/images/{image}/view", input_routes.view_image),
-    ("POST", "/api/jobs", job_routes.start_job),
-    ("GET", "/api/jobs/{job}", job_routes.get_job),
-    ("DELETE", "/api/jobs/{job}", job_routes.cancel_job),
-    ("GET", "/api/results/{result}/view", result_routes.view_result),
-    ("GET", "/api/results/{result}/drawing", result_routes.result_drawing),
-    ("POST", "/api/results/{result}/accept", result_routes.accept_result),
-    ("GET", "/api/results/{result}/again", result_routes.again),
-    ("GET", "/api/results/{result}/download", result_routes.download_result),
-    ("GET", "/api/collection.zip", result_routes.download_collection),
-    ("GET", "/api/nnunet.zip", result_routes.download_nnunet),
+    ("POST", "/api/uploads", inputs.begin_upload),
+    ("PUT", "/api/uploads/{upload}", inputs.upload_file),
+    ("POST", "/api/masks", inputs.add_mask),
+    ("GET", "/api/masks/{mask}/drawing", inputs.get_drawing),
+    ("GET", "/api/masks/{mask}/view", inputs.view_mask),
+    ("POST", "/api/masks/{mask}/paint", inputs.paint_mask),
+    ("GET", "/api/masks/{mask}/file", inputs.get_mask_file),
+    ("POST", "/api/images", inputs.add_image),
+    ("GET", "/api/images/{image}/view", inputs.view_image),
+    ("POST", "/api/jobs", jobs.start_job),
+    ("GET", "/api/jobs/{job}", jobs.get_job),
+    ("DELETE", "/api/jobs/{job}", jobs.cancel_job),
+    ("GET", "/api/results/{result}/view", results.view_result),
+    ("GET", "/api/results/{result}/drawing", results.result_drawing),
+    ("POST", "/api/results/{result}/accept", results.accept_result),
+    ("GET", "/api/results/{result}/again", results.again),
+    ("GET", "/api/results/{result}/download", results.download_result),
+    ("GET", "/api/collection.zip", results.download_collection),
+    ("GET", "/api/nnunet.zip", results.download_nnunet),
     ("DELETE", "/api/session", end_session),
 ]

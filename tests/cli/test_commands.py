@@ -39,6 +39,7 @@ MODULES += [
     f"benchmarks.{name}"
     for name in (
         "speed.choices",
+        "speed.before_after",
         "cohort",
         "equal_time",
         "evaluation_size",

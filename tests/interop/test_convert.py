@@ -177,7 +177,7 @@ def test_a_license_is_one_line(tmp_path, license):
         convert("monai-autoencoderkl", tmp_path, tmp_path / "out", network=tmp_path / "network.json", license=license)
 
 
-def test_an_autoencoder_without_a_scale_factor_says_what_to_type(tmp_path):
+def test_without_a_scale_factor_it_says_what_to_type(tmp_path):
     arguments = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "num_res_blocks": 1, "channels": [8]}
     arguments |= {"attention_levels": [False], "latent_channels": 3, "norm_num_groups": 4}
     torch.save(AutoencoderKL(**arguments).state_dict(), tmp_path / "vae.pt")

@@ -66,7 +66,7 @@ def test_a_pipeline_that_cannot_be_loaded_ends_it(tmp_path, printed):
     assert "other machines reach the studio" in caution and "ssh -L" in caution
 
 
-def test_a_model_that_fails_before_there_is_a_server_ends_it(tmp_path, printed, monkeypatch):
+def test_a_model_that_fails_before_the_server_exists_ends_it(tmp_path, printed, monkeypatch):
     """Loading fails in another thread, at once for a folder that is not there; the studio then served for ever."""
     failed = threading.Event()
 
@@ -119,7 +119,7 @@ def test_commands_that_are_copied_find_the_pipeline(tmp_path, monkeypatch):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(serving, "NEEDED", ("starlette", "no_such_package"))
-    with pytest.raises(ValueError, match=r"the studio needs no_such_package: pip install 'medvolume\[studio\]'"):
+    with pytest.raises(ValueError, match=r"the studio needs no_such_package: pip install -e '\.\[studio\]' -c"):
         check_installed()
 
 

@@ -26,7 +26,7 @@ EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 def test_the_sampler_of_a_training(objective, scheduler, steps, expected, recwarn):
     pipe = tiny_pipeline(objective=objective)
     config: Any = SimpleNamespace(loop=LoopConfig(), optimizer=OptimizerConfig(), loss="mse")
-    config.scheduler, config.inference_steps = scheduler, steps
+    config.scheduler, config.inference_steps, config.latents = scheduler, steps, None
     config.data = SimpleNamespace(channels=["MR"], image_labels={})
     step = build_step(config, pipe.unet, pipe.vae)
     assert (type(step.make_scheduler()).__name__, step.inference_steps) == expected

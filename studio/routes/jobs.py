@@ -9,10 +9,10 @@ from pipelines.inputs.request import VolumeRequest
 from pipelines.sampling import SamplingConfig
 from volumes import read_volume
 
-from .inputs import Change, Page, edit_of, number, request_of, sampling_of
-from .session import Session, StudioMask, StudioResult, without_voxels
+from ..inputs import Change, Page, edit_of, number, request_of, sampling_of
+from ..session import Session, StudioMask, StudioResult, without_voxels
+from ..worker import DONE, Generated, Job, Worker, generate
 from .shared import NotFound, Studio, found, json_of, session_of, studio_of
-from .worker import DONE, Generated, Job, Worker, generate
 
 
 async def start_job(request: Request) -> Response:

@@ -10,12 +10,12 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from volumes import read_volume
 
-from .again import as_command, as_python, table_of
-from .downloads import DATASET, accepted, write_nnunet, write_pairs
-from .labels import drawing
-from .session import StudioResult
+from ..again import as_command, as_python, table_of
+from ..downloads import DATASET, accepted, write_nnunet, write_pairs
+from ..labels import drawing
+from ..session import StudioResult
+from ..views import view_bytes
 from .shared import BYTES, NotFound, found, json_of, session_of, studio_of
-from .views import view_bytes
 
 
 def result_of(request: Request) -> StudioResult:

@@ -10,10 +10,10 @@ from starlette.requests import Request
 
 from pipelines.base import VolumePipeline
 
-from .inputs import Page
-from .session import Session, Sessions
-from .uploads import receive
-from .worker import Worker
+from ..inputs import Page
+from ..session import Session, Sessions
+from ..uploads import receive
+from ..worker import Worker
 
 MOST_JSON = 1 << 20  # bytes
 BYTES = "application/octet-stream"

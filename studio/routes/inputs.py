@@ -8,11 +8,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from volumes import read_volume
 
-from .session import Session, mask_drawing
+from ..session import Session, mask_drawing
+from ..uploads import receive, receive_file, uploaded_volume
+from ..views import view_bytes
+from ..worker import noted
 from .shared import BYTES, Studio, found, json_of, session_of, studio_of
-from .uploads import receive, receive_file, uploaded_volume
-from .views import view_bytes
-from .worker import noted
 
 MOST_VOXELS = 1 << 28  # of a drawing
 
