@@ -3,17 +3,17 @@
     git worktree add ../before v0.0
     python -m benchmarks.speed.before_after --before ../before --output out/before_after.json
 
-Each round times the jobs below in a fresh process a version, the versions in turn, so that a drift of the machine
-affects both. The report holds all times and the ratio of the medians, after / before.
+Each version has a process. They run each job in turn, so that a drift of the machine affects both. The report holds all
+times, and the ratio of the medians.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
@@ -21,9 +21,18 @@ from cli.settings import Number, PositiveInt
 
 HERE = Path(__file__).resolve().parents[2]
 
+JOBS = (
+    "encode 128^3",
+    "decode 128^3",
+    "decode 128^3 in slabs",
+    "autoencoder, training step",
+    "U-Net, training step",
+    "4 volumes from masks, 20 Euler steps",
+)
 # Runs in the root of either version, so it uses only what both have: the jobs of the benchmarks and the pipeline.
+# It reads names of jobs, and answers each with the seconds of one run. The first run of a job is not timed.
 PROGRAM = """
-import json, statistics, sys, time
+import sys, time
 from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import MedVolumePipeline
@@ -32,34 +41,32 @@ try:
 except ImportError:  # the jobs' place until 0.1
     from benchmarks import jobs
 
-def seconds(run, repeats):
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-def generation(steps=20):
+def generation():
     pipe = MedVolumePipeline.from_pretrained("weights/hippocampus")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
     masks = sorted(Path("weights/hippocampus/masks").glob("*.nii.gz"))[:4]
-    return lambda: [pipe(mask, num_inference_steps=steps, guidance_scale=1.0) for mask in masks]
+    return lambda: [pipe(mask, num_inference_steps=20, guidance_scale=1.0) for mask in masks]
 
-where = {"device": "cpu", "precision": "float32"}
-training = {**where, "model": "ours"}
-works = {
-    "encode 128^3": lambda: jobs.encoding("ours", (128, 128, 128), **where).run,
-    "decode 128^3": lambda: jobs.decoding("ours", (128, 128, 128), **where).run,
-    "decode 128^3 in slabs": lambda: jobs.decoding("ours", (128, 128, 128), streamed=True, **where).run,
-    "autoencoder, training step": lambda: jobs.training_autoencoder(shape=(40, 56, 40), batch=2, **training).run,
-    "U-Net, training step": lambda: jobs.training_unet(shape=(10, 14, 10), batch=8, **training).run,
-    "4 volumes from masks, 20 Euler steps": generation,
-}
-repeats = int(sys.argv[1])
-print(json.dumps({name: seconds(work(), repeats) for name, work in works.items()}))
+where = {"model": "ours", "device": "cpu", "precision": "float32"}
+cube = (128, 128, 128)
+setups = [
+    lambda: jobs.encoding(shape=cube, **where).run,
+    lambda: jobs.decoding(shape=cube, **where).run,
+    lambda: jobs.decoding(shape=cube, streamed=True, **where).run,
+    lambda: jobs.training_autoencoder(shape=(40, 56, 40), batch=2, **where).run,
+    lambda: jobs.training_unet(shape=(10, 14, 10), batch=8, **where).run,
+    generation,
+]
+ready = {}
+for line in sys.stdin:
+    job = int(line)
+    if job not in ready:
+        ready = {job: setups[job]()}  # one at a time in memory
+        ready[job]()
+    start = time.perf_counter()
+    ready[job]()
+    print(time.perf_counter() - start, flush=True)
 """
 
 
@@ -67,8 +74,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path, required=True, help="clone or worktree of the other version")
-    parser.add_argument("--rounds", type=Number(PositiveInt), default=5, help="rounds over both versions (5)")
-    parser.add_argument("--repeats", type=Number(PositiveInt), default=3, help="timed runs of a job in a round (3)")
+    parser.add_argument("--repeats", type=Number(PositiveInt), default=10, help="timed runs of a job (10)")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
 
@@ -85,43 +91,50 @@ def main(args: Sequence[str] | None = None) -> dict[str, object]:
     """Time both versions in turn, write the report and return it."""
     options = parse(args)
     check_report(options.output)
-    versions = {"before": options.before, "after": HERE}
-    rounds = [
-        {name: time_version(folder, options.repeats) for name, folder in versions.items()}
-        for _ in tqdm(range(options.rounds), desc="rounds", disable=None)
-    ]
+    folders = {"before": options.before, "after": HERE}
     report = {
         "benchmark": "before_after",
-        "commits": {name: commit(folder) for name, folder in versions.items()},
-        "repeats": options.repeats,
-        "jobs": {
-            job: compare_job([{v: times[v][job] for v in versions} for times in rounds]) for job in rounds[0]["before"]
-        },
+        "commits": {name: commit(folder) for name, folder in folders.items()},
+        "jobs": compare(folders, options.repeats),
         **provenance(),
     }
     write_report(options.output, report)
     return report
 
 
-def time_version(folder: Path, repeats: int) -> dict[str, float]:
-    """Run the program above in a version's root; return its median seconds by job."""
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", PROGRAM, str(repeats)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder.resolve())},
-        capture_output=True,
-        text=True,
+def compare(folders: Mapping[str, Path], repeats: int) -> dict[str, object]:
+    """Time each job in both versions in turn; return its seconds and the ratio of their medians."""
+    found = {}
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(started(folder)) for name, folder in folders.items()}
+        for number, job in enumerate(tqdm(JOBS, desc="jobs", disable=None)):
+            seconds: dict[str, list[float]] = {name: [] for name in folders}
+            for round_ in range(repeats):
+                for name in sorted(folders, reverse=round_ % 2 == 0):  # each is the first one as often
+                    seconds[name].append(time_once(processes[name], number))
+            ratio = statistics.median(seconds["after"]) / statistics.median(seconds["before"])
+            found[job] = {"seconds": seconds, "after / before": ratio}
+    return found
+
+
+def started(folder: Path) -> subprocess.Popen[str]:
+    """Start the program above in a version's root."""
+    environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
+    command = [sys.executable, "-B", "-c", PROGRAM]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    if done.returncode:
-        raise RuntimeError(f"{folder}: the jobs could not be timed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare_job(rounds: Sequence[Mapping[str, float]]) -> dict[str, object]:
-    """Return both versions' seconds by round, and the ratio of their medians."""
-    seconds = {name: [times[name] for times in rounds] for name in ("before", "after")}
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {"seconds": seconds, "after / before": medians["after"] / medians["before"]}
+def time_once(process: subprocess.Popen[str], job: int) -> float:
+    """Return the seconds of one run of a job. Raises: RuntimeError if the process has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{job}\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"a version ended at {JOBS[job]!r}; its error stands above")
+    return float(answer)
 
 
 def commit(folder: Path) -> str:

@@ -31,9 +31,11 @@ from volumes import (
     read_mask,
     read_volume,
     resample,
+    resample_to,
     same_grid,
     volume_stem,
 )
+from volumes.data.alignment import onto_grid
 from volumes.data.case_files import StoredCase, foreground_box, one_grid, read_case
 from volumes.foreground import box_from_json, cut
 
@@ -244,9 +246,13 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         parts = [
             read_volume(path, time_point=number, **config.reading) for path, number in zip(files, numbers, strict=True)
         ]
-        name, mask = str(files[0]), read_mask(case.mask, like=parts[0], **config.mask_reading)
+        channel = config.resample_to or next(iter(config.patterns))
+        grid = parts[list(config.patterns).index(channel)]
+        name, mask = str(files[0]), read_mask(case.mask, like=grid, **config.mask_reading)
+        if as_trained := config.resample_to is not None and same_grid(grid, _reference(case, channel, config)):
+            parts = [part if same_grid(part, grid) else resample_to(part, grid.shape, grid.affine) for part in parts]
         for path, part in zip(files, parts, strict=True):
-            if not same_grid(part, mask):
+            if not as_trained and not same_grid(part, mask):
                 raise VolumeError(
                     f"{path}: is not on the grid of {case.mask} ({describe_grid(part)} against {describe_grid(mask)})"
                 )
@@ -258,11 +264,19 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         mask.array, label_values(config), config.label_map, name=str(case.mask or name), partial=True
     )
     mask = mask.replace(indices)
+    if not same_grid(mask, image):  # as in the training and the generation, see data.resample_to
+        mask = onto_grid(mask, image, labels=True)
+        mask = mask.replace(np.where(mask.array == PADDING, 0, mask.array))
     if box is not None:
         image, mask = cut(image, box), cut(mask, box)
     if config.spacing is not None:
         image, mask = resample(image, config.spacing), resample(mask, config.spacing, nearest=True)
     return image, mask
+
+
+def _reference(case: Case, channel: str, config: DataConfig) -> Volume:
+    """The case's own image, onto whose grid the training resampled its mask."""
+    return read_volume(case.images[channel], time_point=config.volume_number(channel), **config.reading)
 
 
 def _box(pair: Pair, read: StoredCase, config: DataConfig) -> Placement | None:

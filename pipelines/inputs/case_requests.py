@@ -6,10 +6,10 @@ from pathlib import Path
 
 from files.names import same_name
 from pipelines.base import VolumePipeline
-from volumes import Case, DataConfig, describe_grid, load_cases, read_mask, read_volume, same_grid
+from volumes import Case, DataConfig, load_cases, read_volume
 from volumes.formats.read import segmentation_file
 
-from .masks import DrawnMask, LabelMap, TimePoint
+from .masks import LabelMap, MaskOnImage, TimePoint
 from .request import VolumeRequest
 from .request_files import refuse_inputs_in
 
@@ -18,14 +18,15 @@ def case_requests(
     data: DataConfig, splits: Sequence[str], pipe: VolumePipeline, output: Path, label_map: LabelMap | None = None
 ) -> list[VolumeRequest]:
     """Build one request per case of these splits, in the order of their names, which are those of the cases. Masks are
-    read with the data's `label_map`; those of DICOM-SEG and RTSTRUCT on the grid of the case's image. Where training
-    cut its cases to the foreground of an image (`data.crop`), that image of the case sets the box.
+    read with the data's `label_map`; on the grid of the case's image, where they were drawn on it (DICOM-SEG, RTSTRUCT)
+    or training resampled them onto it (`data.resample_to`). Where training cut its cases to the foreground of an image
+    (`data.crop`), that image of the case sets the box.
 
     Args:
         label_map: of the command, which comes after the data's, see `check_label_names`.
     Raises: ValueError as `load_cases` and `check_label_names`; for splits without a case, a pipeline that was trained
-    on other conditions than the data has, cases without a mask that the model needs, masks that training resampled onto
-    another grid, condition channels in 4-D files, and files in the output folder.
+    on other conditions than the data has, cases without a mask that the model needs, condition channels in 4-D files,
+    and files in the output folder.
     """
     cases = load_cases(data)
     chosen = [case for case in cases if case.split in splits]
@@ -82,24 +83,12 @@ def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline) -> VolumeR
     )
 
 
-def _mask(case: Case, path: Path, data: DataConfig) -> Path | DrawnMask:
-    """The mask of a case, with the image that training reads it with, if it is drawn on one.
-
-    Raises: ValueError if training resampled it onto the grid of that image.
-    """
+def _mask(case: Case, path: Path, data: DataConfig) -> Path | MaskOnImage:
+    """The mask of a case, with the image on whose grid training reads it, if it has none of its own or another."""
+    if data.resample_to is None and segmentation_file(path) is None:
+        return path
     channel = data.resample_to or next(iter(data.patterns))
-    image, time_point = case.images[channel], data.volume_number(channel)
-    if data.resample_to is not None:
-        like = read_volume(image, time_point=time_point, **data.reading)
-        mask = read_mask(path, like=like, **data.mask_reading)
-        if not same_grid(mask, like):
-            raise ValueError(
-                f"{path}: lies on another grid than {image} ({describe_grid(mask)}, against {describe_grid(like)}), "
-                f"onto which data.resample_to: {channel} resampled it for the training; --split does not resample "
-                f"masks: resample them onto the grid of {channel}, and give them with --masks (or, with classes, "
-                "numbers or images, with --conditions) instead of --split"
-            )
-    return path if segmentation_file(path) is None else DrawnMask(path, image, time_point)
+    return MaskOnImage(path, case.images[channel], data.volume_number(channel))
 
 
 def _image(case: Case, channel: str, data: DataConfig) -> Path:

@@ -18,7 +18,8 @@ from nibabel.spatialimages import SpatialImage
 from diffusion import LatentDenoiser
 from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
-from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, volume_parts
+from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, same_grid, volume_parts
+from volumes.data.alignment import onto_grid
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
@@ -34,9 +35,9 @@ BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
 
 
 @dataclass(frozen=True)
-class DrawnMask(os.PathLike[str]):
-    """The file of a DICOM-SEG or RTSTRUCT, with the image that it was drawn on, whose grid is the mask's. Elsewhere it
-    is the path of the mask.
+class MaskOnImage(os.PathLike[str]):
+    """The file of a mask, with the image on whose grid it is read: as it was drawn (DICOM-SEG, RTSTRUCT), or else by
+    the nearest voxel, PADDING outside its field of view. Elsewhere it is the path of the mask.
 
     Attributes:
         time_point: which volume of a 4-D image file; None for a 3-D file.
@@ -94,10 +95,13 @@ def load_mask(
 
     Raises: ValueError for an empty mask, for values that are not labels, and for other types.
     """
-    if isinstance(mask, DrawnMask) and like is None:
+    if isinstance(mask, MaskOnImage) and like is None:
         like = read_volume(mask.image, time_point=mask.time_point, **(reading or {}))
     if isinstance(mask, (str, os.PathLike)):
-        return warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask)), str(mask)
+        volume = warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask))
+        if isinstance(mask, MaskOnImage) and like is not None and not same_grid(volume, like):
+            volume = onto_grid(volume, like, labels=True)
+        return volume, str(mask)
     if carries_geometry(mask):
         name = source_file(mask) or "the mask"
         return warn_of_header(read_mask(mask, **(reading or {})), name), name
@@ -205,7 +209,7 @@ def describe_mask(mask: MaskLike) -> SourceRecord:
 
 def identity(source: object) -> str | int:
     """Identify a mask or an image: equal for the same path, and for the same object."""
-    if isinstance(source, DrawnMask | TimePoint):
+    if isinstance(source, MaskOnImage | TimePoint):
         return repr(source)
     return str(source) if isinstance(source, (str, os.PathLike)) else id(source)
 

@@ -11,9 +11,12 @@ from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
 from diffusion import LatentUNet3D
+from evaluation.data.pairs import generated_pairs, load_pairs
 from pipelines import MedVolumePipeline, VolumeRequest, describe_mask
 from pipelines.inputs.case_requests import case_requests
-from volumes import DataConfig, PhantomConfig, Volume, write_volume
+from pipelines.inputs.masks import model_values
+from volumes import PADDING, DataConfig, PhantomConfig, Volume, load_cases, write_volume
+from volumes.data.case_files import one_grid, read_case
 
 SHAPE = (8, 8, 8)
 CLASSES = {"sex": ["F", "M"]}
@@ -227,14 +230,30 @@ def test_structure_sets_are_read_with_the_image_of_the_case(tmp_path):
         run(tmp_path, tmp_path / "data/rt", split="train")
 
 
-def test_masks_of_other_grids_than_the_training_resampled_to(place, tmp_path):
-    """What lies on the grid is generated; the rest is refused, as its volumes would lie elsewhere than in training."""
-    data, pipe = data_of(place, resample_to="image"), tiny_with_conditions()
-    assert len(case_requests(data, ["test"], pipe, tmp_path)) == 2
+def test_masks_that_training_resampled_are_resampled_alike(place, tmp_path):
+    """A mask on a grid of its own, which shows only a part of the image, is read as the training reads it."""
+    affine = np.diag([1.0, 1, 0.5, 1])
+    affine[:3, 3] = 0, 0, 2.1
     for name in SPLITS:
-        nib.save(mask_image((8, 8, 16), np.diag([1.0, 1, 0.5, 1])), place / f"data/{name}/fine.nii.gz")
-    data = data_of(place, resample_to="image", masks="{patient}/fine.nii.gz")
-    with pytest.raises(
-        ValueError, match=r"fine.nii.gz: lies on another grid than .*scan.nii.gz.* give them with --masks"
-    ):
-        case_requests(data, ["test"], pipe, tmp_path)
+        nib.save(mask_image((8, 6, 20), affine), place / f"data/{name}/fine.nii.gz")
+    changes = {"resample_to": "image", "masks": "{patient}/fine.nii.gz"}
+    data, pipe = data_of(place, **changes), tiny_with_conditions()
+    first, _ = case_requests(data, ["test"], pipe, tmp_path)
+    read = model_values(first.mask, pipe.data.labels, first.label_map, np.eye(4))
+    case = next(case for case in load_cases(data) if case.name == "p3")
+    trained = one_grid(case, read_case(case, data), data).mask
+    assert trained is not None and (trained.array == PADDING).any() and len(np.unique(trained.array)) == 4
+    expected = np.where(trained.array == PADDING, PADDING, np.array([0, 2, 5])[trained.array])
+    assert read.shape == SHAPE and np.array_equal(read.array, expected)
+    output = tmp_path / "out"
+    own = yaml.safe_load((place / "data.yaml").read_text())
+    write_config(tmp_path, own | changes | {"root": str(place / "data")})
+    pipe.save_pretrained(tmp_path / "run/pipeline")
+    run(tmp_path, output, "--export", "nnunet", tmp_path / "Dataset501_Fine")
+    assert {nib.load(file).shape for file in output.glob("*.nii.gz")} == {SHAPE}
+    pairs = generated_pairs(load_cases(data), output, "test")
+    loaded = load_pairs(pairs, data, SHAPE)
+    assert loaded.skipped == [] and len(loaded.cases) == 2
+    assert np.array_equal(loaded.labels[0].numpy(), np.where(trained.array == PADDING, 0, trained.array)[0])
+    (exported,) = {nib.load(file).shape for file in (tmp_path / "Dataset501_Fine/labelsTr").iterdir()}
+    assert exported == SHAPE

@@ -324,6 +324,7 @@ def test_the_page_on_large_latents_holds_the_report():
     assert text.partition(shift_page.BEGIN)[2].partition(shift_page.END)[0] == f"\n{shift_page.page_text(report)}"
 
 
+@pytest.mark.slow  # a minute: each of seven processes imports MONAI
 def test_a_tiny_run_of_slabs_beside_the_whole(tmp_path):
     report, page = tmp_path / "slabs.json", tmp_path / "page.md"
     sizes = ["--channels", "8", "8", "16", "--groups", "4", "--sides", "8", "--large", "16", "--slab_mib", "1"]
