@@ -73,6 +73,14 @@ def pairs(root: Path, count: int = 5) -> Path:
     return root
 
 
+def regridded(root: Path, count: int = 5) -> Path:
+    """As `pairs`, each mask on a finer grid than its image, of which it shows a part."""
+    pairs(root, count)
+    for n in range(count):
+        save(mask(n, (20, 20, 16), labels=1), root / f"study-{n}_mask.nii.gz", (1.2, 1.35, 1.75))
+    return root
+
+
 def patients(root: Path, count: int = 6, spacing=SPACING) -> Path:
     """A folder per patient with two channels and a mask, and a table of the patients with an odd separator."""
     rows = ["patient;sex;age;note"]

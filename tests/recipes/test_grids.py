@@ -70,10 +70,7 @@ def test_channels_may_be_left_out_instead(scans):
 
 
 def test_a_mask_on_another_grid(tmp_path):
-    folder = made.pairs(tmp_path / "scans", 3)
-    for n in range(3):
-        made.save(made.mask(n, (20, 20, 16), 1), folder / f"study-{n}_mask.nii.gz", (1.2, 1.35, 1.75))
-    survey = survey_of(folder)
+    survey = survey_of(made.regridded(tmp_path / "scans", 3))
     assert survey.section.settings["resample_to"] == "image"
     said = "{case}_mask.nii.gz lies on another grid than {case}_image.nii.gz, the channel, and is resampled"
     assert any(text.startswith(said) for text in survey.unsure)

@@ -32,6 +32,7 @@ SUBJECTS = 12  # of which 4 are held out, as many as realism needs
 LAYOUTS = {
     "flat": (made.flat, []),
     "pairs": (made.pairs, []),
+    "regridded": (made.regridded, []),
     "patients": (made.patients, ["--classes", "sex", "--numbers", "age"]),
     "nnunet": (made.nnunet, []),
     "nnunet_v1": (made.nnunet_v1, []),
