@@ -34,6 +34,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs=2, type=Number(PositiveInt), default=[100, 2000], help="few, many (100 2000)")
     parser.add_argument("--side", type=Number(PositiveInt), default=48, help="voxels a side of these volumes (48)")
     parser.add_argument("--large", type=Number(PositiveInt), default=192, help="voxels a side to prepare (192)")
+    parser.add_argument("--count", type=Number(PositiveInt), default=96, help="volumes to prepare (96)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
@@ -65,9 +66,10 @@ def write_set(folder: Path, count: int, side: int) -> list[str]:
     return [*options, f"--data.label_names={NAMES}", "--data.validation_fraction=0.1"]
 
 
-def preparation(folder: Path, side: int) -> dict[str, float]:
-    """Return seconds to prepare 24 volumes by processes and cores; twice each, the faster one."""
-    write_set(folder / "large", 24, side)
+def preparation(folder: Path, count: int, side: int) -> dict[str, float]:
+    """Return seconds to prepare `count` volumes by processes and cores; twice each, the faster one. They include the
+    start of the second process, 4 s, most of it the import of torch."""
+    write_set(folder / "large", count, side)
     code = (
         "import os, sys, time; from volumes import DataConfig, load_cases; "
         "from volumes.prepared.preparation import prepare_cases\n"
@@ -86,7 +88,7 @@ def preparation(folder: Path, side: int) -> dict[str, float]:
             cache = environment(folder / f"cache_{turn}_{name}")
             done = subprocess.run([sys.executable, *arguments], env=cache, check=True, stdout=-1, text=True)
             taken[name] = min(float(done.stdout), taken.get(name, float("inf")))
-    return {**taken, "speedup": taken["one_on_one_core"] / taken["two_on_two_cores"]}
+    return {"volumes": count, **taken, "speedup": taken["one_on_one_core"] / taken["two_on_two_cores"]}
 
 
 def train(script: str, folder: Path, options: Sequence[str]) -> dict[str, float]:
@@ -130,7 +132,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         parts: dict[str, Callable[[], Mapping[str, object]]] = {
-            "preparation": lambda: preparation(folder, options.large),
+            "preparation": lambda: preparation(folder, options.count, options.large),
             "memory": lambda: memory(folder, options.cases, options.side),
             "wait": lambda: wait(folder, options.large),
         }
