@@ -67,9 +67,13 @@ def provenance() -> Provenance:
 
 def program() -> str:
     """Return the script that runs, relative to the clone if it is inside it: a report must not name folders of one
-    machine."""
+    machine. A module that was started by its name is `-m NAME`."""
     path = Path(sys.argv[0]).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    if not path.is_relative_to(ROOT):
+        return path.name
+    script = path.relative_to(ROOT)
+    module = ".".join(script.with_suffix("").parts).removesuffix(".__main__")
+    return f"-m {module}" if module in sys.orig_argv else str(script)
 
 
 def machine() -> Machine:

@@ -31,11 +31,9 @@ from volumes import (
     read_mask,
     read_volume,
     resample,
-    resample_to,
     same_grid,
     volume_stem,
 )
-from volumes.data.alignment import onto_grid
 from volumes.data.case_files import StoredCase, foreground_box, one_grid, read_case
 from volumes.foreground import box_from_json, cut
 
@@ -230,7 +228,7 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     if pair.generated_mask:
         config = replace(of_generated(config), crop=config.crop)  # there is a mask for a box of labels
     if config.resample_to is not None and pair.generated is None:
-        return _read_resampled(case, config)
+        return _aligned(case, read_case(case, config), config)
     if case.phantom is not None:
         drawn = read_case(case, config)
         assert drawn.mask is not None
@@ -249,10 +247,11 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         channel = config.resample_to or next(iter(config.patterns))
         grid = parts[list(config.patterns).index(channel)]
         name, mask = str(files[0]), read_mask(case.mask, like=grid, **config.mask_reading)
-        if as_trained := config.resample_to is not None and same_grid(grid, _reference(case, channel, config)):
-            parts = [part if same_grid(part, grid) else resample_to(part, grid.shape, grid.affine) for part in parts]
+        stored = StoredCase(dict(zip(config.patterns, parts, strict=True)), mask)
+        if config.resample_to is not None and same_grid(grid, _reference(case, channel, config)):
+            return _aligned(replace(case, box=_box(pair, stored, config)), stored, config)
         for path, part in zip(files, parts, strict=True):
-            if not as_trained and not same_grid(part, mask):
+            if not same_grid(part, mask):
                 raise VolumeError(
                     f"{path}: is not on the grid of {case.mask} ({describe_grid(part)} against {describe_grid(mask)})"
                 )
@@ -264,9 +263,6 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         mask.array, label_values(config), config.label_map, name=str(case.mask or name), partial=True
     )
     mask = mask.replace(indices)
-    if not same_grid(mask, image):  # as in the training and the generation, see data.resample_to
-        mask = onto_grid(mask, image, labels=True)
-        mask = mask.replace(np.where(mask.array == PADDING, 0, mask.array))
     if box is not None:
         image, mask = cut(image, box), cut(mask, box)
     if config.spacing is not None:
@@ -304,11 +300,11 @@ def _recorded_box(path: Path) -> Placement | None:
     return None if box is None else box_from_json(box)
 
 
-def _read_resampled(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
-    """Read a real pair whose volumes lie on other grids. Outside the field of view each channel has its lowest value,
-    and the mask the first label, as in the padding.
+def _aligned(case: Case, stored: StoredCase, config: DataConfig) -> tuple[Volume, Volume]:
+    """Bring a pair whose volumes lie on other grids onto one, as the training does. Outside the field of view each
+    channel has its lowest value, and the mask the first label, as in the padding.
     """
-    aligned = one_grid(case, read_case(case, config), config)
+    aligned = one_grid(case, stored, config)
     assert aligned.mask is not None
     lowest = np.nanmin(aligned.image.array, axis=(1, 2, 3), keepdims=True)
     image = aligned.image.replace(np.where(np.isnan(aligned.image.array), lowest, aligned.image.array))

@@ -19,7 +19,7 @@ from diffusion import LatentDenoiser
 from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
 from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, same_grid, volume_parts
-from volumes.data.alignment import onto_grid
+from volumes.data.alignment import check_share, onto_grid, shown
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
@@ -100,7 +100,8 @@ def load_mask(
     if isinstance(mask, (str, os.PathLike)):
         volume = warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask))
         if isinstance(mask, MaskOnImage) and like is not None and not same_grid(volume, like):
-            volume = onto_grid(volume, like, labels=True)
+            volume = like.replace(onto_grid(volume, like, labels=True).array)  # files are written on that grid
+            check_share(float(shown(volume).mean()), str(mask), str(mask.image))
         return volume, str(mask)
     if carries_geometry(mask):
         name = source_file(mask) or "the mask"

@@ -77,6 +77,7 @@ MODULES += [
         "pictures",
         "quickstart",
         "samplers_page",
+        "scale_page",
         "settings_page",
         "ship",
         "studio_pictures",

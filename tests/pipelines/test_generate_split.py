@@ -242,9 +242,9 @@ def test_masks_that_training_resampled_are_resampled_alike(place, tmp_path):
     read = model_values(first.mask, pipe.data.labels, first.label_map, np.eye(4))
     case = next(case for case in load_cases(data) if case.name == "p3")
     trained = one_grid(case, read_case(case, data), data).mask
-    assert trained is not None and (trained.array == PADDING).any() and len(np.unique(trained.array)) == 4
-    expected = np.where(trained.array == PADDING, PADDING, np.array([0, 2, 5])[trained.array])
-    assert read.shape == SHAPE and np.array_equal(read.array, expected)
+    assert trained is not None and trained.shape == (8, 6, 6) and len(np.unique(trained.array)) == 3
+    assert read.shape == SHAPE and np.array_equal(read.array[:, :, :6, 2:], np.array([0, 2, 5])[trained.array])
+    assert (read.array[:, :, 6:] == PADDING).all() and (read.array[..., :2] == PADDING).all()
     output = tmp_path / "out"
     own = yaml.safe_load((place / "data.yaml").read_text())
     write_config(tmp_path, own | changes | {"root": str(place / "data")})
@@ -252,8 +252,12 @@ def test_masks_that_training_resampled_are_resampled_alike(place, tmp_path):
     run(tmp_path, output, "--export", "nnunet", tmp_path / "Dataset501_Fine")
     assert {nib.load(file).shape for file in output.glob("*.nii.gz")} == {SHAPE}
     pairs = generated_pairs(load_cases(data), output, "test")
-    loaded = load_pairs(pairs, data, SHAPE)
-    assert loaded.skipped == [] and len(loaded.cases) == 2
-    assert np.array_equal(loaded.labels[0].numpy(), np.where(trained.array == PADDING, 0, trained.array)[0])
+    loaded = load_pairs(pairs, data, trained.shape)
+    assert loaded.skipped == [] and [case.name for case in loaded.cases] == ["p3", "p4"]
+    assert np.array_equal(loaded.labels[0].numpy(), trained.array[0])
+    affine[0, 3] = 500
+    nib.save(mask_image((8, 6, 20), affine), place / "data/p3/fine.nii.gz")
+    with pytest.raises(ValueError, match=r"p3.fine.nii.gz: shows nothing of the box of .*p3.scan.nii.gz"):
+        model_values(first.mask, pipe.data.labels, first.label_map, np.eye(4))
     (exported,) = {nib.load(file).shape for file in (tmp_path / "Dataset501_Fine/labelsTr").iterdir()}
     assert exported == SHAPE
