@@ -18,6 +18,7 @@ from files.documents import FileError, read_object
 from files.paths import open_regular, printable
 from pipelines.storage.provenance import software
 
+from .bundles import BundleOptions, read_bundle
 from .formats import FORMATS, Format, Part
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile
@@ -84,6 +85,7 @@ def convert(
     value_range: tuple[float, float] | None = None,
     scale_factor: float | None = None,
     license: str | None = None,
+    bundle: BundleOptions | None = None,
 ) -> list[Converted]:
     """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
 
@@ -97,18 +99,22 @@ def convert(
         value_range: intensities that the autoencoder took for black and white, for formats that do not fix them.
         scale_factor: what the diffusion model's training multiplied latents by; of the file if it has one.
         license: of the weights, for formats that do not fix it; generated volumes will name it.
+        bundle: what the configs of a bundle do not say.
     Returns: the networks that were written.
     Raises: ValueError naming the file and what does not fit: names, shapes, values, or code in a pickle.
     """
     kind = FORMATS[format_name]
-    _check_options(format_name, kind, network, license)
+    bundle = bundle or BundleOptions()
+    _check_options(format_name, kind, network, license, bundle)
+    if kind.is_bundle:
+        kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None if network is None else read_object(network)
     sources = _sources(format_name, kind, weights)
-    scale_factor = _one_scale([source for _, source in sources], scale_factor)
+    scale_factor = _one_scale([source for _, source in sources], scale_factor) or kind.scale_factor
     restricted = license or kind.restricted
     parts = []
     for part, source in sources:
-        name, peer, config = _config(part, arguments, network)
+        name, peer, config = _config(part, arguments, network or kind.config)
         if peer.folder == "vae":
             config["value_range"] = _value_range(format_name, kind, value_range)
             config.update(_statistics(config, scale_factor))
@@ -133,9 +139,13 @@ def convert(
     return parts
 
 
-def _check_options(format_name: str, kind: Format, network: Path | None, license: str | None) -> None:
+def _check_options(
+    format_name: str, kind: Format, network: Path | None, license: str | None, bundle: BundleOptions
+) -> None:
     """Raise ValueError for options that a format does not take, or lacks."""
-    given = any(part.arguments is None for part in kind.parts)
+    if bundle.given and not kind.is_bundle:
+        raise ValueError(f"{format_name}: {', '.join(bundle.given)} is for bundles (monai-bundle); omit it")
+    given = any(part.arguments is None for part in kind.parts) and not kind.is_bundle
     if given and network is None:
         raise ValueError(
             f"{format_name}: give the arguments of the network's class as a JSON file (--network), such as "
@@ -274,7 +284,8 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{source.path}: its network cannot be built: {error}") from error
     wrapped = bool(source.state) and all(key.startswith("module.") for key in source.state)  # of DataParallel
-    unused = tuple(key for key in source.state if dropped is not None and re.fullmatch(dropped, key))
+    patterns = [dropped, None if config["attention_output"] else peer.unused]
+    unused = tuple(key for key in source.state if any(p is not None and re.fullmatch(p, key) for p in patterns))
     names: dict[str, str] = {}
     problems: dict[str, list[str]] = {
         "named twice": [],

@@ -6,9 +6,16 @@ not be had where this was written; their layout is that of the scripts that wrot
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from . import maisi
 from .maisi import Variant
+
+if TYPE_CHECKING:
+    from autoencoder import MonaiAutoencoderKL
+    from diffusion import MonaiUNet3D
+    from pipelines import MedVolumePipeline
 
 OUT_PROJ = r".+\.(?:attentions\.\d+|attention)\.attn\.out_proj\.(?:weight|bias)"
 
@@ -32,6 +39,14 @@ class Part:
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
+class Assembly(Protocol):
+    """What turns both networks of a format into a pipeline."""
+
+    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
+        """Put the networks together. Raises: ValueError if they do not fit."""
+        ...
+
+
 @dataclass(frozen=True)
 class Format:
     """What a file or folder of weights is.
@@ -44,6 +59,9 @@ class Format:
         restricted: what every generated volume must say of the license; None where nothing is forbidden.
         source: where the weights are published.
         variant: what turns both networks into a pipeline; None where that is not known.
+        is_bundle: whether arguments, files and sampling are read from the bundle's own configs (`interop.bundles`).
+        config: the file that the arguments were read from.
+        scale_factor: what latents are multiplied by where neither a file nor the user says; None if one must.
     """
 
     help: str
@@ -52,7 +70,10 @@ class Format:
     license: str | None = None
     restricted: str | None = None
     source: str | None = None
-    variant: Variant | None = None
+    variant: Assembly | None = None
+    is_bundle: bool = False
+    config: Path | None = None
+    scale_factor: float | None = None
 
 
 _MAISI_VAE: Mapping[str, object] = {
@@ -101,6 +122,12 @@ FORMATS: dict[str, Format] = {
     "monai-diffusion-unet": Format(
         "MONAI's DiffusionModelUNet, or DiffusionModelUNetMaisi, that you trained (--network)",
         [Part(["DiffusionModelUNet", "DiffusionModelUNetMaisi"])],
+    ),
+    "monai-bundle": Format(
+        "a bundle of MONAI's model zoo, with an autoencoder and a diffusion U-Net of latents (its folder)",
+        [Part(["AutoencoderKL"]), Part(["DiffusionModelUNet"])],
+        is_bundle=True,
+        scale_factor=1.0,  # the scripts of the zoo's bundles decode latents as they are
     ),
     "maisi-ddpm-ct": Format(
         "MAISI v1, DDPM, CT: autoencoder and U-Net",

@@ -31,6 +31,10 @@ MAISI_AUTOENCODER: Renames = (
     (r"(encoder\.blocks\.\d+\.conv)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
     (r"((?:en|de)coder\.blocks\.\d+(?:\.conv1|\.conv2|\.nin_shortcut)?)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
 )
+# Layers of MONAI Generative's self-attention that its forward pass never used; without `include_fc` neither does MONAI's.
+UNUSED_AUTOENCODER = r"(?:module\.)?(?:en|de)coder\.blocks\.\d+\.proj_attn\.(?:weight|bias)"
+UNUSED_UNET = r".+\.(?:attentions\.\d+|attention)\.proj_attn\.(?:weight|bias)"
+GENERATIVE = "generative."  # the package of MONAI Generative
 UNET: Renames = (
     (r"(.+\.(?:attentions\.\d+|attention))\.(to_[qkv])\.(weight|bias)", r"network.\1.attn.\2.\3"),
     (r"(.+\.(?:attentions\.\d+|attention))\.proj_attn\.(weight|bias)", r"network.\1.attn.out_proj.\2"),
@@ -51,6 +55,7 @@ class Peer:
         defaults: what MONAI takes for arguments that are not given, by our names.
         renames: patterns of the names of its tensors, and ours; the first that fits counts, others keep their names.
         marker: the beginning of names that tells its weights from those of other classes.
+        unused: a pattern of tensors that files may hold, and a network without `attention_output` does not use.
     """
 
     model: type[VolumeModel]
@@ -59,6 +64,7 @@ class Peer:
     defaults: Mapping[str, object]
     renames: Renames
     marker: str
+    unused: str | None = None
 
 
 _SHARED = {
@@ -101,9 +107,17 @@ _UNET_DEFAULTS = {
     "attention_output": True,
 }
 PEERS = {
-    "AutoencoderKL": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _AUTOENCODER_DEFAULTS, OLD_AUTOENCODER, "encoder."),
+    "AutoencoderKL": Peer(
+        MonaiAutoencoderKL,
+        "vae",
+        _AUTOENCODER,
+        _AUTOENCODER_DEFAULTS,
+        OLD_AUTOENCODER,
+        "encoder.",
+        UNUSED_AUTOENCODER,
+    ),
     "AutoencoderKlMaisi": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _MAISI_DEFAULTS, MAISI_AUTOENCODER, "encoder."),
-    "DiffusionModelUNet": Peer(MonaiUNet3D, "unet", _UNET, _UNET_DEFAULTS, UNET, "down_blocks."),
+    "DiffusionModelUNet": Peer(MonaiUNet3D, "unet", _UNET, _UNET_DEFAULTS, UNET, "down_blocks.", UNUSED_UNET),
     "DiffusionModelUNetMaisi": Peer(
         MonaiUNet3D,
         "unet",
@@ -161,9 +175,11 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError("channels and num_channels are the same argument; give one")
     if unknown := sorted(given.keys() - peer.arguments.keys()):
         raise ValueError(f"{', '.join(unknown)}: not an argument of this class; it takes {', '.join(peer.arguments)}")
+    old = str(arguments.get("_target_")).startswith(GENERATIVE)  # its self-attention ends without a linear layer
     config: dict[str, object] = {
         **trained,
         **peer.defaults,
+        **({"attention_output": given.get("cross_attention_dim") is not None} if old else {}),
         **{peer.arguments[name]: value for name, value in given.items()},
     }
     if regions != {False}:
