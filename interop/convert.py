@@ -71,7 +71,8 @@ class Converted:
 
     def model(self) -> VolumeModel:
         """Read the weights into our class. Raises: FileError for a damaged file; ValueError for NaN and infinity."""
-        self.empty.load_state_dict(self.source.read(self.names), strict=True, assign=True)
+        added = {name: torch.tensor(value) for name, value in self.peer.added.items()}
+        self.empty.load_state_dict(self.source.read(self.names) | added, strict=True, assign=True)
         check_finite(self.empty, self.source.path)
         return self.empty
 
@@ -284,7 +285,7 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{source.path}: its network cannot be built: {error}") from error
     wrapped = bool(source.state) and all(key.startswith("module.") for key in source.state)  # of DataParallel
-    patterns = [dropped, None if config["attention_output"] else peer.unused]
+    patterns = [dropped, None if config.get("attention_output", True) else peer.unused]
     unused = tuple(key for key in source.state if any(p is not None and re.fullmatch(p, key) for p in patterns))
     names: dict[str, str] = {}
     problems: dict[str, list[str]] = {
@@ -306,7 +307,7 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
         else:
             names[key] = ours
     reached = {renamed(key.removeprefix("module.") if wrapped else key, peer.renames) for key in source.state}
-    problems["missing"] = sorted(expected.keys() - reached)
+    problems["missing"] = sorted(expected.keys() - reached - peer.added.keys())
     if found := [f"{len(keys)} {what} ({_shorten(keys)})" for what, keys in problems.items() if keys]:
         raise ValueError(
             f"{source.path}: does not hold the tensors of this {name}: {'; '.join(found)}. Was it trained with other "

@@ -119,6 +119,7 @@ FORMATS: dict[str, Format] = {
         "MONAI's AutoencoderKL, or AutoencoderKlMaisi, that you trained (--network, --value_range)",
         [Part(["AutoencoderKL", "AutoencoderKlMaisi"])],
     ),
+    "monai-vqvae": Format("MONAI's VQVAE that you trained (--network, --value_range)", [Part(["VQVAE"])]),
     "monai-diffusion-unet": Format(
         "MONAI's DiffusionModelUNet, or DiffusionModelUNetMaisi, that you trained (--network)",
         [Part(["DiffusionModelUNet", "DiffusionModelUNetMaisi"])],

@@ -103,3 +103,256 @@ def test_a_bundle_generates_what_it_generated(name, tmp_path):
     volume = pipe(**request, generator=torch.Generator().manual_seed(3)).volumes[0]
     assert volume.get_data_dtype() == np.float32
     assert np.allclose(volume.affine, np.diag([*[1.1 if name == BRATS else 1.0] * 3, 1.0]))
+
+
+def test_a_config_of_monai_generative(tmp_path):
+    """Its self-attention never used its last layer, which MONAI's class would use."""
+
+    def old(config):
+        for entry, name in (("autoencoder_def", "AutoencoderKL"), ("network_def", "DiffusionModelUNet")):
+            config[entry]["_target_"] = f"generative.networks.nets.{name}"
+            config[entry]["num_channels"] = config[entry].pop("channels")
+            del config[entry]["include_fc"]
+        del config["network_def"]["use_combined_linear"]
+        config["noise_scheduler"]["_target_"] = "generative.networks.schedulers.DDIMScheduler"
+        config["noise_scheduler"]["beta_schedule"] = "scaled_linear"
+        del config["noise_scheduler"]["schedule"]
+
+    _, unet = bundles.write_bundle(tmp_path / "bundle", BRATS, old)
+    converted = convert(KIND, tmp_path / "bundle", tmp_path / "out")
+    assert len(converted[1].dropped) == 14 and all(".proj_attn." in key for key in converted[1].dropped)
+    ours = MonaiUNet3D.from_pretrained(tmp_path / "out/unet").eval()
+    latents, timestep = torch.randn(1, 4, 4, 8, 4), torch.tensor([9])
+    with torch.no_grad():
+        assert_close(ours(latents, timestep).sample, unet(latents, timestep))
+
+
+def test_what_is_not_recognized_is_asked_for(tmp_path):
+    """One option after the other, each named by the message; then the folder has what was given."""
+
+    def reword(config):
+        config["noise"] = "$torch.randn(1, 3, 4, 8, 4)"
+        config["set_timesteps"] = "$@scheduler.set_timesteps(25 * 2)"
+        config["conditioning"] = "$make_conditioning()"
+
+    bundles.write_bundle(tmp_path / "bundle", BRAIN, reword)
+    (tmp_path / "bundle/configs/metadata.json").unlink()
+    given, asked = {}, []
+    answers = {"--numbers": ("numbers", NUMBERS), "--shape": ("shape", (32, 64, 32)), "--steps": ("steps", 7)}
+    answers["--spacing"] = ("spacing", (1.0, 2.0, 1.0))
+    value_range = None
+    while not (tmp_path / "out").exists():
+        try:
+            convert(KIND, tmp_path / "bundle", tmp_path / "out", value_range=value_range, bundle=BundleOptions(**given))
+        except ValueError as error:
+            [option] = [word for word in [*answers, "--value_range"] if word in str(error)]
+            assert option not in asked and str(tmp_path / "bundle/configs") in str(error)
+            asked.append(option)
+            if option == "--value_range":
+                value_range = (-1.0, 3.0)
+            else:
+                given |= [answers[option]]
+    assert sorted(asked) == sorted([*answers, "--value_range"])
+    pipe = MedVolumePipeline.from_pretrained(tmp_path / "out")
+    assert pipe.sampling_settings.num_inference_steps == 7 and pipe.data.spacing == (1.0, 2.0, 1.0)
+    assert pipe.data.shape_range[0] == (32, 64, 32) and pipe.data.intensity[0].low == -1.0
+    assert pipe.unet.config["context_numbers"] == list(NUMBERS) and pipe.vae.config["value_range"] == [-1.0, 3.0]
+
+
+def entry(name: str, key: str, value):
+    """A change of one argument of a config."""
+    return lambda config: config[name].__setitem__(key, value)
+
+
+def top(name: str, value):
+    """A change of one entry of a config."""
+    return lambda config: config.__setitem__(name, value)
+
+
+HOSTILE = [
+    (top("saver", {"_target_": "os.system", "command": "true"}), r"saver\._target_ is 'os\.system', which is not known"),
+    (top("inferer", {"_target_": "scripts.evil.Sampler"}), r"inferer\._target_ is 'scripts\.evil\.Sampler'"),
+    (top("extra", {"no": "target"}), r"extra\._target_ is None"),
+    (top("extra", {"_target_": ["AutoencoderKL"]}), r"extra\._target_ is \['AutoencoderKL'\]"),
+    (entry("autoencoder_def", "_target_", "evil.networks.nets.AutoencoderKL"), r"_target_ is 'evil\."),
+    (entry("autoencoder_def", "_target_", "monai.networks.nets.UNet"), r"_target_ is 'monai\.networks\.nets\.UNet'"),
+    (entry("network_def", "_target_", "monai.networks.nets.AutoencoderKL"), "one entry .* autoencoder; there is auto"),
+    (lambda config: config.pop("network_def"), "diffusion U-Net; there is none"),
+    (lambda config: config.pop("noise_scheduler"), "scheduler; there is none"),
+    (entry("network_def", "channels", "$[8, 8, 16]"), r"network_def\.channels is '\$\[8, 8, 16\]': expressions"),
+    (entry("network_def", "channels", [8, "$8", 16]), r"network_def\.channels is '\$8': expressions"),
+    (entry("network_def", "channels", [8, 8.5, 16]), "channels"),
+    (entry("network_def", "num_res_blocks", "$__import__('os').system('true')"), "expressions are never evaluated"),
+    (entry("network_def", "num_res_blocks", "%configs/other.json#blocks"), "expressions are never evaluated"),
+    (entry("network_def", "num_res_blocks", "@autoencoder_def#num_res_blocks"), "expressions are never evaluated"),
+    (entry("network_def", "num_res_blocks", "@autoencoder_def"), "is an object; a plain value is expected"),
+    (entry("network_def", "num_res_blocks", "@nowhere"), "refers to '@nowhere', which leads to no value"),
+    (entry("network_def", "num_res_blocks", {"_target_": "len"}), "is an object"),
+    (top("latent_channels", "@latent_channels"), "refers to '@latent_channels', which leads to no value"),
+    (top("latent_channels", "$2 + 2"), r"is '\$2 \+ 2': expressions are never evaluated"),
+    (top("latent_channels", "4"), r"autoencoder_def\.latent_channels is '4'; a whole number"),
+    (top("spatial_dims", 2), "spatial_dims is 2; only 3"),
+    (entry("network_def", "widths", [8]), "widths: not an argument"),
+    (entry("network_def", "use_combined_linear", True), "use_combined_linear is True"),
+    (entry("network_def", "channels", [8, 16]), "one entry per level"),
+    (entry("network_def", "channels", [8, 8, 24]), "of another shape"),
+    (entry("network_def", "in_channels", 5), "of another shape|takes 5 channels"),
+    (entry("network_def", "in_channels", -1), "in_channels"),
+    (entry("network_def", "num_res_blocks", 2), "missing"),
+    (entry("noise_scheduler", "_target_", "monai.networks.schedulers.PNDMScheduler"), "which is not known"),
+    (entry("noise_scheduler", "clip_sample", True), r"noise_scheduler\.clip_sample is True; only False"),
+    (entry("noise_scheduler", "steps_offset", 1), "steps_offset is 1; only 0"),
+    (entry("noise_scheduler", "beta_start", "$0.0015"), r"noise_scheduler\.beta_start is '\$0\.0015': expressions"),
+    (entry("noise_scheduler", "beta_start", "0.0015"), r"beta_start is '0\.0015'; a number"),
+    (entry("noise_scheduler", "beta_end", float("nan")), "beta_end"),
+    (entry("noise_scheduler", "schedule", "sigmoid_beta"), "schedule is 'sigmoid_beta'; it is"),
+    (entry("noise_scheduler", "prediction_type", "sample"), "prediction_type is 'sample'; it is"),
+    (entry("noise_scheduler", "num_train_timesteps", 1e3), "train_steps"),
+    (entry("noise_scheduler", "thresholding", True), r"noise_scheduler has 'thresholding'"),
+    (top("load_diffusion_path", "$@model_dir + '/../../model.pt'"), "leads out of the bundle's folder"),
+    (top("load_diffusion_path", "/etc/passwd"), "'/etc/passwd', which leads out of the bundle's folder"),
+    (top("load_diffusion_path", "models\\..\\..\\model.pt"), "leads out of the bundle's folder"),
+    (top("bundle_root", "/"), "leads out of the bundle's folder"),
+    (top("bundle_root", ".."), "leads out of the bundle's folder"),
+    (top("model_dir", "$@model_dir + '/models'"), r"load_diffusion_path is|model_dir is"),
+    (top("load_diffusion_path", "$open('x').read()"), r"load_diffusion_path is .*write a path from the bundle's folder"),
+    (top("load_diffusion_path", 3), "load_diffusion_path is 3; write a path"),
+    (top("load_diffusion_path", "models/other.pt"), "'models/other.pt', which is not there; download it"),
+    (top("load_diffusion_path", "models"), "'models', which is not there"),
+    (top("latent_shape", ["@latent_channels", 4, 8]), "--shape"),
+    (top("latent_shape", ["@latent_channels", 4, 8, "$4"]), "expressions are never evaluated"),
+    (top("latent_shape", [8, 4, 8, 4]), "not of 4 channels; give .*--shape"),
+    (top("latent_shape", [4, 4, 8, 10**9]), "shape"),
+    (top("set_timesteps", "$@other.set_timesteps(num_inference_steps=50)"), "--steps"),
+    (top("set_timesteps", "$@noise_scheduler.set_timesteps(num_inference_steps=50); import os"), "--steps"),
+    (top("set_timesteps", "$@noise_scheduler.set_timesteps(num_inference_steps=99999)"), "num_inference_steps"),
+]
+
+
+@pytest.fixture(scope="module")
+def brats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo") / "bundle"
+    bundles.write_bundle(folder, BRATS)
+    return folder
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE, ids=range(len(HOSTILE)))
+def test_configs_that_are_refused(change, message, brats, tmp_path):
+    config = bundles.narrow_config(BRATS)
+    change(config)
+    bundles.write_config(brats, BRATS, config)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(KIND, brats, tmp_path / "out")
+    assert str(brats) in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (entry("diffusion_def", "cross_attention_dim", 5), "context_numbers .*cross_attention_dim, 5"),
+        (entry("diffusion_def", "in_channels", 8), r"in_channels is 8; it is 3, the latents', or 7, with gender, age"),
+        (entry("diffusion_def", "in_channels", 3), "of another shape"),
+        (entry("diffusion_def", "with_conditioning", False), "belong together"),
+        (top("conditioning", "$torch.tensor([[@age, @age, @age, @age]]).to(@device).unsqueeze(1)"), "different names"),
+        (top("conditioning", "$torch.tensor([[@age]]).to(@device).unsqueeze(1); import os"), "--numbers"),
+    ],
+)
+def test_conditionings_that_are_refused(change, message, tmp_path):
+    bundles.write_bundle(tmp_path / "bundle", BRAIN, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(KIND, tmp_path / "bundle", tmp_path / "out")
+    assert str(tmp_path) in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "code", "swapped", "proj_attn"])
+def test_weights_that_are_refused(change, tmp_path):
+    _, unet = bundles.write_bundle(tmp_path / "bundle", BRATS)
+    path = tmp_path / "bundle/models/model.pt"
+    state = dict(unet.state_dict())
+    if change == "missing":
+        del state["time_embed.0.bias"]
+        message = r"missing \(network\.time_embed\.0\.bias\)"
+    elif change == "extra":
+        state["time_embed.4.bias"], message = torch.zeros(8), r"unknown \(time_embed\.4\.bias\)"
+    elif change == "code":
+        state["run"], message = pytest.raises, "names "  # a function, which torch.save stores by its name
+    elif change == "swapped":
+        path, message = tmp_path / "bundle/models/model_autoencoder.pt", "model_autoencoder.pt: does not hold"
+    else:  # of a layer that has none
+        state["down_blocks.0.resnets.0.proj_attn.weight"], message = torch.zeros(8), "unknown"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(KIND, tmp_path / "bundle", tmp_path / "out")
+    assert path.name in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_fit(brats, tmp_path):
+    bundles.write_config(brats, BRATS, bundles.narrow_config(BRATS))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/inference.json").write_text("[]")
+    for name, weights, options, message in (
+        ("maisi-rflow-ct", brats, {"bundle": BundleOptions(steps=5, shape=(8, 8, 8))}, "--shape, --steps is for bundles"),
+        (KIND, brats, {"bundle": BundleOptions(numbers=["age"])}, "takes no numbers; omit --numbers"),
+        (KIND, brats, {"network": tmp_path / "network.json"}, "omit --network"),
+        (KIND, brats / "models/model.pt", {}, "is not a folder"),
+        (KIND, brats / "models", {}, r"inference\.json: cannot be read"),
+        (KIND, tmp_path, {}, "expected an object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(name, weights, tmp_path / "out", **options)
+
+
+def test_the_command_and_generate(brats, tmp_path, capsys):
+    """From the bundle's folder to volumes of a table, with the license that was given."""
+    folder = tmp_path / "bundle"
+    bundles.write_bundle(folder, BRAIN)
+    words = ["--from", KIND, "--weights", folder, "--output", tmp_path / "out", "--license", "CC-BY-4.0", "--steps", 2]
+    command([str(word) for word in words])
+    assert "162" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert record["scale_factor"] == 1.0 and record["networks"]["unet"]["file"] == "model.pt"
+    assert "CC-BY-4.0" in (tmp_path / "out/README.md").read_text()
+    (tmp_path / "table.csv").write_text(f"name,{','.join(AGES)}\nfirst,{','.join(map(str, AGES.values()))}\n")
+    words = ["--pipeline", tmp_path / "out", "--conditions", tmp_path / "table.csv", "--output", tmp_path / "volumes"]
+    generate([str(word) for word in [*words, "--shape", 32, 64, 32]])
+    record = read_sidecar(tmp_path / "volumes/first_000.nii.gz")
+    assert record["numbers"] == AGES and record["license"] == "CC-BY-4.0" and record["num_inference_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_numbers": ["age"]}, "cross_attention_dim, None"),
+        ({"context_numbers": ["age", "sex"], "cross_attention_dim": 3}, "cross_attention_dim, 3"),
+        ({"context_numbers": ["spacing_x"], "cross_attention_dim": 1}, "none of spacing_x"),
+        ({"numbers_as_channels": True}, "give their names in context_numbers"),
+    ],
+)
+def test_numbers_of_a_unet_that_contradict_it(changes, message):
+    narrow = {"channels": [8, 8], "num_res_blocks": [1, 1], "attention_levels": [False, True], "norm_num_groups": 4}
+    with pytest.raises(ValueError, match=message):
+        MonaiUNet3D(**narrow, num_head_channels=[0, 8], **changes)
+
+
+def test_a_unet_with_numbers_and_spacing():
+    """Columns in alphabetical order reach MONAI's network in its own; and it takes no other context."""
+    narrow = {"channels": [8, 8], "num_res_blocks": [1, 1], "attention_levels": [False, True], "norm_num_groups": 4}
+    unet = MonaiUNet3D(
+        **narrow,
+        num_head_channels=[0, 8],
+        takes_spacing=True,
+        cross_attention_dim=2,
+        context_numbers=["weight", "age"],
+    ).eval()
+    assert unet.condition_schema.numbers == ("age", "spacing_x", "spacing_y", "spacing_z", "weight")
+    calls = []
+    unet.network.register_forward_pre_hook(lambda _, args, given: calls.append((args, given)), with_kwargs=True)
+    latents, numbers = torch.randn(1, 4, 4, 4, 4), torch.tensor([[0.5, 1.0, 2.0, 3.0, 0.25]])
+    with torch.no_grad():
+        unet(latents, 1.0, numbers=numbers)
+    [(args, given)] = calls
+    assert torch.equal(args[0], latents) and given["context"].tolist() == [[[0.25, 0.5]]]
+    assert given["spacing_tensor"].tolist() == [[100.0, 200.0, 300.0]]
+    with pytest.raises(ValueError, match="the context of this model is weight, age; omit `context`"):
+        unet(latents, 1.0, numbers=numbers, context=torch.zeros(1, 1, 2))
+    assert isinstance(renamed("conv_in.conv.weight", PEERS["DiffusionModelUNet"].renames), str)
