@@ -116,6 +116,7 @@ class BundlePipeline:
             affine=((x, 0.0, 0.0, 0.0), (0.0, y, 0.0, 0.0), (0.0, 0.0, z, 0.0), (0.0, 0.0, 0.0, 1.0)),
             numbers=dict.fromkeys(unet.condition_schema.numbers, NumberStats(0.5, 1 / math.sqrt(12), 0.0, 1.0)),
         )
+        data = DataDescription.from_json(data.to_json())  # checks shape and spacing
         pipe = MedVolumePipeline(vae, unet, unet.new_scheduler("DDIMScheduler"), data)
         pipe.sampling_settings = SamplingSettings(self.steps)
         return pipe
@@ -159,8 +160,10 @@ def read_bundle(
         options.spacing or metadata.spacing(),
         options.steps or config.steps(found[SCHEDULER]),
     )
-    parts = [replace(part, arguments=one, files=[file]) for part, one, file in zip(kind.parts, (vae, unet), files)]
-    parts[1] = replace(parts[1], settings=settings)
+    parts = [
+        replace(kind.parts[0], arguments=vae, files=files[:1]),
+        replace(kind.parts[1], arguments=unet, files=files[1:], settings=settings),
+    ]
     return replace(kind, parts=parts, variant=variant, config=config.path), value_range
 
 

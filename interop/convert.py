@@ -130,14 +130,23 @@ def convert(
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            kind.variant.pipeline(models["vae"], models["unet"]).save_pretrained(unfinished)
+            _pipeline(kind, models["vae"], models["unet"], kind.config or weights).save_pretrained(unfinished)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
-        record = provenance(format_name, parts, scale_factor, license or kind.license)
+        record = provenance(format_name, parts, scale_factor, license or kind.license, kind.config)
         (unfinished / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (unfinished / "README.md").write_text(model_card(record), encoding="utf-8")
     return parts
+
+
+def _pipeline(kind: Format, vae: Any, unet: Any, path: Path) -> Any:
+    """Put both networks together. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+    assert kind.variant is not None
+    try:
+        return kind.variant.pipeline(vae, unet)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_options(
@@ -318,7 +327,11 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
 
 
 def provenance(
-    format_name: str, parts: list[Converted], scale_factor: float | None, license: str | None
+    format_name: str,
+    parts: list[Converted],
+    scale_factor: float | None,
+    license: str | None,
+    config: Path | None = None,
 ) -> dict[str, object]:
     """Return what provenance.json records: where the weights came from, and what was done to them."""
     kind = FORMATS[format_name]
@@ -328,6 +341,7 @@ def provenance(
         "source": kind.source,
         "license": license,
         "scale_factor": scale_factor,
+        "config": None if config is None else {"file": config.name, "sha256": _sha256(config)},
         "networks": {
             part.peer.folder: {
                 "class": part.name,

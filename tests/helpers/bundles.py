@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ FILES = {BRATS: ("model_autoencoder.pt", "model.pt"), BRAIN: ("autoencoder.pt", 
 
 
 def narrow_config(name: str) -> dict[str, Any]:
-    """The config of a bundle with narrow networks, and small volumes."""
+    """The config of a bundle with narrow networks, small volumes and ten steps."""
     config = copy.deepcopy(CONFIGS[name])
     vae, unet = config["autoencoder_def"], config[UNETS[name]]
     vae |= {"channels": [8] * len(vae["channels"]), "norm_num_groups": 4, "num_res_blocks": 1}
@@ -150,6 +149,7 @@ def narrow_config(name: str) -> dict[str, Any]:
         config |= {"latent_channels": 4, "latent_shape": ["@latent_channels", 4, 8, 4]}
     else:
         config["noise"] = "$torch.randn((1, 3, 4, 8, 4)).to(@device)"
+    config["set_timesteps"] = config["set_timesteps"].replace("=50", "=10")
     return config
 
 
@@ -172,14 +172,10 @@ def write_config(folder: Path, name: str, config: dict[str, Any]) -> Path:
     return folder
 
 
-def write_bundle(
-    folder: Path, name: str, change: Callable[[dict[str, Any]], object] = lambda config: None
-) -> tuple[AutoencoderKL, DiffusionModelUNet]:
-    """Write a narrow bundle, whose config `change` may alter, with the names of MONAI Generative in its files. Returns
-    MONAI's networks, which have read these files."""
-    config = narrow_config(name)
-    change(config)
-    write_config(folder, name, config)
+def write_bundle(folder: Path, name: str) -> tuple[AutoencoderKL, DiffusionModelUNet]:
+    """Write a narrow bundle, with the names of MONAI Generative in its files. Returns MONAI's networks, which have read
+    these files."""
+    write_config(folder, name, narrow_config(name))
     (folder / "models").mkdir()
     found = networks(name)
     for network, file in zip(found, FILES[name], strict=True):

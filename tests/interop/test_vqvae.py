@@ -29,7 +29,9 @@ def write(folder, **changes):
     """A file of weights and its arguments, as a user has them. Returns MONAI's network."""
     arguments = ARGUMENTS | changes
     network = peers.random_weights(VQVAE(**arguments, commitment_cost=0.5, ddp_sync=False))
-    network.quantizer.quantizer.embedding.weight.data *= 3  # as far apart as the latents are
+    with torch.no_grad():  # codes where latents are
+        latents = network.encode(torch.rand(1, 2, 32, 32, 32)).movedim(1, -1).reshape(-1, 3)
+        network.quantizer.quantizer.embedding.weight.copy_(latents[:: len(latents) // 16][:16])
     torch.save(network.state_dict(), folder / "vqvae.pt")
     (folder / "network.json").write_text(json.dumps(arguments | {"commitment_cost": 0.5, "ddp_sync": False}))
     return network
@@ -45,7 +47,7 @@ def converted(folder, **options) -> MonaiVQVAE:
 def test_it_computes_what_it_computed(changes, tmp_path):
     theirs = write(tmp_path, **changes)
     ours = converted(tmp_path)
-    voxels = torch.rand(1, 2, 16, 24, 8)
+    voxels = torch.rand(1, 2, 32, 24, 16)
     with torch.no_grad():
         posterior = ours.encode(voxels * 2 - 1).latent_dist
         encoded = theirs.encode(voxels)
@@ -69,7 +71,7 @@ def test_slabs_are_the_whole(changes, tmp_path):
         latents = vae.encode(voxels).latent_dist.mode()
         image = vae.decode(latents).sample
         vae.enable_tiling(thinnest)
-        assert len(list(vae.decode_slabs(latents))) > 2
+        assert len(list(vae.decode_slabs(latents))) > 1
         assert_close(vae.encode(voxels).latent_dist.mode(), latents)
         assert_close(vae.decode(latents).sample, image)
         pieces = vae.encode_slabs(voxels.split([1, 2, 7, 30], dim=4))
