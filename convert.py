@@ -26,7 +26,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     listing = "\n".join(f"  {name:<22} {kind.help}" for name, kind in FORMATS.items())
     parser = ArgumentParser(description=__doc__, epilog=f"formats:\n{listing}")
     parser.add_argument("--from", dest="format", required=True, choices=FORMATS, metavar="FORMAT", help="see below")
-    weights_help = "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format, or of a bundle"
+    weights_help = (
+        "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format, or of a bundle"
+    )
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help=weights_help)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     network_help = "JSON file with the arguments of MONAI's class, for weights that you trained"

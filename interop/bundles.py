@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from files.documents import FileError, read_object
 from files.paths import printable
 
-from .formats import Format, Part
+from .formats import Format
 
 if TYPE_CHECKING:
     from autoencoder import MonaiAutoencoderKL
@@ -98,8 +98,10 @@ class BundlePipeline:
     steps: int
 
     def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
-        """Put the networks together. Numbers lie in [0, 1], as the zoo's bundles expect them; of their mean and
-        standard deviation, which nothing reads, those of equal frequency are stored.
+        """Put the networks together.
+
+        Numbers lie in [0, 1], as the zoo's bundles expect them. Of their mean and standard deviation, which nothing
+        reads, those of equal frequency are stored.
 
         Raises: ValueError if the networks do not fit.
         """

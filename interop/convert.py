@@ -130,7 +130,7 @@ def convert(
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            _pipeline(kind, models["vae"], models["unet"], kind.config or weights).save_pretrained(unfinished)
+            _save_pipeline(kind, models["vae"], models["unet"], unfinished, kind.config or weights)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
@@ -140,11 +140,13 @@ def convert(
     return parts
 
 
-def _pipeline(kind: Format, vae: Any, unet: Any, path: Path) -> Any:
-    """Put both networks together. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) -> None:
+    """Write both networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
     assert kind.variant is not None
     try:
-        return kind.variant.pipeline(vae, unet)
+        kind.variant.pipeline(vae, unet).save_pretrained(folder)
+    except FileError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

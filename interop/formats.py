@@ -44,7 +44,6 @@ class Assembly(Protocol):
 
     def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
         """Put the networks together. Raises: ValueError if they do not fit."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ MAISI_AUTOENCODER: Renames = (
     (r"(encoder\.blocks\.\d+\.conv)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
     (r"((?:en|de)coder\.blocks\.\d+(?:\.conv1|\.conv2|\.nin_shortcut)?)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
 )
-# Layers of MONAI Generative's self-attention that its forward pass never used; without `include_fc` neither does MONAI's.
+# Layers of MONAI Generative's self-attention that its forward pass never used. Nor does MONAI's without `include_fc`.
 UNUSED_AUTOENCODER = r"(?:module\.)?(?:en|de)coder\.blocks\.\d+\.proj_attn\.(?:weight|bias)"
 UNUSED_UNET = r".+\.(?:attentions\.\d+|attention)\.proj_attn\.(?:weight|bias)"
 GENERATIVE = "generative."  # the package of MONAI Generative
@@ -213,7 +213,11 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     config: dict[str, object] = {
         **trained,
         **peer.defaults,
-        **({"attention_output": given.get("cross_attention_dim") is not None} if old and "include_fc" in peer.arguments else {}),
+        **(
+            {"attention_output": given.get("cross_attention_dim") is not None}
+            if old and "include_fc" in peer.arguments
+            else {}
+        ),
         **{peer.arguments[name]: value for name, value in given.items()},
     }
     if regions != {False}:

@@ -40,9 +40,7 @@ class StreamedTranspose3d(nn.ConvTranspose3d):
         x = x.new_zeros((*x.shape[:4], 1)) if empty else x
         (px, py, _), output_padding = (int(n) for n in self.padding), self.output_padding
         stride, dilation = as_stride(self.stride), as_stride(self.dilation)
-        made = F.conv_transpose3d(
-            x, self.weight, self.bias, stride, (px, py, 0), output_padding, self.groups, dilation
-        )
+        made = F.conv_transpose3d(x, self.weight, self.bias, stride, (px, py, 0), output_padding, self.groups, dilation)
         return made[..., :0] if empty else made
 
 
@@ -168,7 +166,9 @@ def _check_levels(downsample: Sequence[Level], upsample: Sequence[Level]) -> Non
     for name, levels, entries in (("downsample", downsample, 4), ("upsample", upsample, 5)):
         for level in levels:
             if len(level) != entries or min(level[:3]) < 1:
-                raise ValueError(f"{name}: {level!r:.80} is not a stride, a kernel, a dilation, ... ({entries} numbers)")
+                raise ValueError(
+                    f"{name}: {level!r:.80} is not a stride, a kernel, a dilation, ... ({entries} numbers)"
+                )
             stride, kernel, dilation, padding, *more = level
             if 2 * padding != dilation * (kernel - 1) + 1 - stride + sum(more) or padding < sum(more):
                 raise ValueError(

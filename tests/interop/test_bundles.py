@@ -203,7 +203,10 @@ def top(name: str, value):
 
 
 HOSTILE = [
-    (top("saver", {"_target_": "os.system", "command": "true"}), r"saver\._target_ is 'os\.system', which is not known"),
+    (
+        top("saver", {"_target_": "os.system", "command": "true"}),
+        r"saver\._target_ is 'os\.system', which is not known",
+    ),
     (top("inferer", {"_target_": "scripts.evil.Sampler"}), r"inferer\._target_ is 'scripts\.evil\.Sampler'"),
     (top("extra", {"no": "target"}), r"extra\._target_ is None"),
     (top("extra", {"_target_": ["AutoencoderKL"]}), r"extra\._target_ is \['AutoencoderKL'\]"),
@@ -248,7 +251,10 @@ HOSTILE = [
     (top("bundle_root", "/"), "leads out of the bundle's folder"),
     (top("bundle_root", ".."), "leads out of the bundle's folder"),
     (top("model_dir", "$@model_dir + '/models'"), r"load_diffusion_path is|model_dir is"),
-    (top("load_diffusion_path", "$open('x').read()"), r"load_diffusion_path is .*write a path from the bundle's folder"),
+    (
+        top("load_diffusion_path", "$open('x').read()"),
+        r"load_diffusion_path is .*write a path from the bundle's folder",
+    ),
     (top("load_diffusion_path", 3), "load_diffusion_path is 3; write a path"),
     (top("load_diffusion_path", "models/other.pt"), "'models/other.pt', which is not there; download it"),
     (top("load_diffusion_path", "models"), "'models', which is not there"),
@@ -316,7 +322,12 @@ def test_options_that_do_not_fit(zoo, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/inference.json").write_text("[]")
     for name, weights, options, message in (
-        ("maisi-rflow-ct", brats, {"bundle": BundleOptions(steps=5, shape=(8, 8, 8))}, "--shape, --steps is for bundles"),
+        (
+            "maisi-rflow-ct",
+            brats,
+            {"bundle": BundleOptions(steps=5, shape=(8, 8, 8))},
+            "--shape, --steps is for bundles",
+        ),
         (KIND, brats, {"bundle": BundleOptions(numbers=["age"])}, "takes no numbers; omit --numbers"),
         (KIND, brats, {"network": tmp_path / "network.json"}, "omit --network"),
         (KIND, brats / "models/model.pt", {}, "is not a folder"),

@@ -16,8 +16,14 @@ KIND = "monai-vqvae"
 ARGUMENTS = {"spatial_dims": 3, "in_channels": 2, "out_channels": 2, "channels": [8, 6], "num_res_channels": [4, 8]}
 ARGUMENTS |= {"num_res_layers": 1, "num_embeddings": 16, "embedding_dim": 3}
 ARGUMENTS |= {"downsample_parameters": [2, 4, 1, 1], "upsample_parameters": [2, 4, 1, 1, 0]}
-UNEVEN = {"downsample_parameters": [[2, 4, 1, 1], [4, 6, 1, 1]], "upsample_parameters": [[4, 6, 1, 1, 0], [2, 3, 1, 1, 1]]}
-DILATED = {"downsample_parameters": [[1, 3, 2, 2], [2, 2, 1, 0]], "upsample_parameters": [[2, 2, 1, 0, 0], [1, 3, 2, 2, 0]]}
+UNEVEN = {
+    "downsample_parameters": [[2, 4, 1, 1], [4, 6, 1, 1]],
+    "upsample_parameters": [[4, 6, 1, 1, 0], [2, 3, 1, 1, 1]],
+}
+DILATED = {
+    "downsample_parameters": [[1, 3, 2, 2], [2, 2, 1, 0]],
+    "upsample_parameters": [[2, 2, 1, 0, 0], [1, 3, 2, 2, 0]],
+}
 
 
 def assert_close(ours, theirs) -> None:
