@@ -146,9 +146,10 @@ def read_bundle(
         channels = unet.get("in_channels") != latents
         settings |= {"in_channels": latents, "context_numbers": names, "numbers_as_channels": channels}
         if channels and unet.get("in_channels") != latents + len(names):
-            raise FileError(
-                f"{config.path}: {found[UNET]}.in_channels is {unet.get('in_channels')!r:.40}; it is {latents}, the "
-                f"latents', or {latents + len(names)}, with {', '.join(names)} (--numbers)"
+            raise config.refusal(
+                f"{found[UNET]}.in_channels",
+                f"is {unet.get('in_channels')!r:.40}; it is {latents}, the latents', or {latents + len(names)}, with "
+                f"{', '.join(names)} (--numbers)",
             )
     elif options.numbers is not None:
         raise FileError(f"{config.path}: its U-Net has no cross attention, and takes no numbers; omit --numbers")
@@ -196,7 +197,9 @@ class Config:
         for what in (VAE, UNET, SCHEDULER):
             if len(found[what]) != 1:
                 listed = ", ".join(found[what]) or "none"
-                raise FileError(f"{self.path}: one entry is expected that is the {what}; there is {listed:.200}")
+                raise FileError(
+                    f"{self.path}: one entry is expected that is the {what}; there is {printable(listed)[:200]}"
+                )
         return {what: found[what][0] for what in (VAE, UNET, SCHEDULER)}
 
     def plain(self, name: str, value: Any, seen: tuple[str, ...] = ()) -> Any:

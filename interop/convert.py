@@ -111,7 +111,8 @@ def convert(
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None if network is None else read_object(network)
     sources = _sources(format_name, kind, weights)
-    scale_factor = _one_scale([source for _, source in sources], scale_factor) or kind.scale_factor
+    found = _one_scale([source for _, source in sources], scale_factor)
+    scale_factor = kind.scale_factor if found is None else found
     restricted = license or kind.restricted
     parts = []
     for part, source in sources:

@@ -209,15 +209,12 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError("channels and num_channels are the same argument; give one")
     if unknown := sorted(given.keys() - peer.arguments.keys()):
         raise ValueError(f"{', '.join(unknown)}: not an argument of this class; it takes {', '.join(peer.arguments)}")
-    old = str(arguments.get("_target_")).startswith(GENERATIVE)  # its self-attention ends without a linear layer
+    defaults = dict(peer.defaults)
+    if str(arguments.get("_target_")).startswith(GENERATIVE) and "include_fc" in peer.arguments:
+        defaults["attention_output"] = given.get("cross_attention_dim") is not None  # never after self-attention
     config: dict[str, object] = {
         **trained,
-        **peer.defaults,
-        **(
-            {"attention_output": given.get("cross_attention_dim") is not None}
-            if old and "include_fc" in peer.arguments
-            else {}
-        ),
+        **defaults,
         **{peer.arguments[name]: value for name, value in given.items()},
     }
     if regions != {False}:
