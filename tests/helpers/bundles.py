@@ -143,7 +143,7 @@ def narrow_config(name: str) -> dict[str, Any]:
     """The config of a bundle with narrow networks, small volumes and ten steps."""
     config = copy.deepcopy(CONFIGS[name])
     vae, unet = config["autoencoder_def"], config[UNETS[name]]
-    vae |= {"channels": [8] * len(vae["channels"]), "norm_num_groups": 4, "num_res_blocks": 1}
+    vae |= {"channels": [8, 8], "attention_levels": [False, False], "norm_num_groups": 4, "num_res_blocks": 1}
     unet |= {"channels": [8, 8, 16], "num_head_channels": [0, 4, 8], "norm_num_groups": 4, "num_res_blocks": 1}
     if name == BRATS:
         config |= {"latent_channels": 4, "latent_shape": ["@latent_channels", 4, 8, 4]}

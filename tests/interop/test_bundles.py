@@ -350,7 +350,7 @@ def test_the_command_and_generate(zoo, tmp_path, capsys):
     assert "CC-BY-4.0" in (tmp_path / "out/README.md").read_text()
     (tmp_path / "table.csv").write_text(f"name,{','.join(AGES)}\nfirst,{','.join(map(str, AGES.values()))}\n")
     words = ["--pipeline", tmp_path / "out", "--conditions", tmp_path / "table.csv", "--output", tmp_path / "volumes"]
-    generate([str(word) for word in [*words, "--shape", 32, 64, 32]])
+    generate([str(word) for word in [*words, "--shape", 8, 16, 8]])
     record = read_sidecar(tmp_path / "volumes/first_000.nii.gz")
     assert record["numbers"] == AGES and record["license"] == "CC-BY-4.0" and record["num_inference_steps"] == 2
 
