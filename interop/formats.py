@@ -44,6 +44,7 @@ class Assembly(Protocol):
 
     def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
         """Put the networks together. Raises: ValueError if they do not fit."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,19 @@ _OPEN = "NVIDIA Open Model License"
 _RESEARCH = "non-commercial research only, also for derivatives (NVIDIA, LICENSE.weights of NV-Generate-MR, 3.2, 3.3)"
 
 
-def _maisi(name: str, file: str, vae: Part, variant: Variant, **of_format: str) -> Format:
+def _maisi(
+    name: str, file: str, vae: Part, variant: Variant, *, license: str, source: str, restricted: str | None = None
+) -> Format:
     unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file], settings=variant.unet_settings())
-    vae_and_unet = f"MAISI {name}: autoencoder and U-Net"
-    return Format(vae_and_unet, [vae, unet], value_range=(0.0, 1.0), variant=variant, **of_format)
+    return Format(
+        f"MAISI {name}: autoencoder and U-Net",
+        [vae, unet],
+        value_range=(0.0, 1.0),
+        license=license,
+        restricted=restricted,
+        source=source,
+        variant=variant,
+    )
 
 
 FORMATS: dict[str, Format] = {
