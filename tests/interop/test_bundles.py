@@ -1,5 +1,6 @@
 """Bundles of MONAI's model zoo, converted, generate what their scripts generate; what else they say is refused."""
 
+import copy
 import json
 import shutil
 
@@ -71,23 +72,50 @@ def zoo_sample(vae, unet, noise, beta_end: float, conditioning=None):
     return noise, vae.decode_stage_2_outputs(noise)
 
 
+def of_generative(config) -> None:
+    """Make the config of a bundle one of MONAI Generative, before MONAI 1.4."""
+    for entry, name in (("autoencoder_def", "AutoencoderKL"), ("network_def", "DiffusionModelUNet")):
+        config[entry]["_target_"] = f"generative.networks.nets.{name}"
+        config[entry]["num_channels"] = config[entry].pop("channels")
+        del config[entry]["include_fc"]
+    del config["network_def"]["use_combined_linear"]
+    config["noise_scheduler"]["_target_"] = "generative.networks.schedulers.DDIMScheduler"
+    config["noise_scheduler"]["beta_schedule"] = "scaled_linear"
+    del config["noise_scheduler"]["schedule"]
+
+
+def of_an_older_revision(config) -> None:
+    """Make the config of the BraTS bundle one with four latent channels."""
+    of_generative(config)
+    config |= {"latent_channels": 4, "latent_shape": ["@latent_channels", 48, 48, 32]}
+    config["network_def"] |= {"num_channels": [128, 256, 512], "num_head_channels": [0, 32, 32]}
+
+
 @pytest.mark.parametrize(
-    ("name", "vae", "unet"), [(BRATS, (130, 21_000_353), (296, 189_325_576)), (BRAIN, (162, 13_766_248), None)]
+    ("name", "change", "shape", "spacing", "counts"),
+    [
+        (BRATS, None, (144, 176, 112), 1.1, [(130, 21_000_353), (296, 189_325_576)]),
+        (BRATS, of_an_older_revision, (192, 192, 128), 1.1, [(130, 20_944_897), (298, 164_593_924)]),
+        (BRAIN, None, (160, 224, 160), 1.0, [(162, 13_766_248), (528, 553_168_899)]),
+    ],
+    ids=["brats", "brats-older", "brain"],
 )
-def test_published_bundles_at_full_width(name, vae, unet, tmp_path):
+def test_published_bundles_at_full_width(name, change, shape, spacing, counts, tmp_path):
     """Tensors and parameters of MONAI's classes (on the meta device), by the zoo's own configs."""
-    bundles.write_config(tmp_path, name, bundles.CONFIGS[name])
+    config = copy.deepcopy(bundles.CONFIGS[name])
+    if change is not None:
+        change(config)
+    bundles.write_config(tmp_path, name, config)
     (tmp_path / "models").mkdir()
     for file in bundles.FILES[name]:
         (tmp_path / "models" / file).touch()
     kind, value_range = read_bundle(FORMATS[KIND], tmp_path, BundleOptions(), None)
-    shape, spacing = {BRATS: ((144, 176, 112), 1.1), BRAIN: ((160, 224, 160), 1.0)}[name]
     assert (kind.variant.shape, kind.variant.spacing, kind.variant.steps) == (shape, (spacing,) * 3, 50)
     assert value_range == (0.0, 1.0)
-    for part, counts in zip(kind.parts, (vae, unet or (528, 553_168_899)), strict=True):
+    for part, wanted in zip(kind.parts, counts, strict=True):
         peer = PEERS[part.peers[0]]
         expected = expected_shapes(peer, config_of(peer, part.arguments) | dict(part.settings))
-        assert (len(expected), sum(int(np.prod(shape)) for shape in expected.values())) == counts
+        assert (len(expected), sum(int(np.prod(sides)) for sides in expected.values())) == wanted
 
 
 @pytest.mark.parametrize("name", [BRATS, BRAIN])
@@ -140,19 +168,8 @@ def test_a_bundle_generates_what_it_generated(name, zoo, tmp_path):
 
 def test_a_config_of_monai_generative(zoo, tmp_path):
     """Its self-attention never used its last layer, which MONAI's class would use."""
-
-    def old(config):
-        for entry, name in (("autoencoder_def", "AutoencoderKL"), ("network_def", "DiffusionModelUNet")):
-            config[entry]["_target_"] = f"generative.networks.nets.{name}"
-            config[entry]["num_channels"] = config[entry].pop("channels")
-            del config[entry]["include_fc"]
-        del config["network_def"]["use_combined_linear"]
-        config["noise_scheduler"]["_target_"] = "generative.networks.schedulers.DDIMScheduler"
-        config["noise_scheduler"]["beta_schedule"] = "scaled_linear"
-        del config["noise_scheduler"]["schedule"]
-
     folder, _, unet = zoo(BRATS)
-    converted = convert(KIND, changed(folder, BRATS, old), tmp_path / "out")
+    converted = convert(KIND, changed(folder, BRATS, of_generative), tmp_path / "out")
     assert len(converted[1].dropped) == 14 and all(".proj_attn." in key for key in converted[1].dropped)
     ours = MonaiUNet3D.from_pretrained(tmp_path / "out/unet").eval()
     latents, timestep = torch.randn(1, 4, 4, 8, 4), torch.tensor([9])
