@@ -1,12 +1,14 @@
 """Convert weights that others trained, of MAISI and MONAI, into a folder of ours.
 
     medvolume convert --from maisi-rflow-ct --weights NV-Generate-CT --output weights/maisi-rflow-ct
+    medvolume convert --from monai-bundle --weights brats_mri_generative_diffusion --output weights/brats
     medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
         --output weights/own
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
 tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
-and provenance.json with the checksums of the files. Both networks of MAISI together are a pipeline, for generate.py.
+and provenance.json with the checksums of the files. Both networks of MAISI or of a bundle are a pipeline, for
+generate.py.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
-from cli.settings import FiniteFloat, Number, PositiveFloat
+from cli.settings import FiniteFloat, Number, PositiveFloat, PositiveInt
 from files.shipped import expand_path
 from interop.formats import FORMATS
 
@@ -24,7 +26,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     listing = "\n".join(f"  {name:<22} {kind.help}" for name, kind in FORMATS.items())
     parser = ArgumentParser(description=__doc__, epilog=f"formats:\n{listing}")
     parser.add_argument("--from", dest="format", required=True, choices=FORMATS, metavar="FORMAT", help="see below")
-    weights_help = "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format"
+    weights_help = (
+        "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format, or of a bundle"
+    )
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help=weights_help)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     network_help = "JSON file with the arguments of MONAI's class, for weights that you trained"
@@ -35,12 +39,20 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale_factor", type=Number(PositiveFloat), help=scale_help)
     license_help = "license of the weights that you give; every generated volume will name it"
     parser.add_argument("--license", metavar="TEXT", help=license_help)
+    bundle = parser.add_argument_group("bundles", "what a bundle's configs do not say in words that are recognized")
+    shape, spacing = Number(PositiveInt), Number(PositiveFloat)
+    bundle.add_argument("--shape", nargs=3, type=shape, metavar=("X", "Y", "Z"), help="voxels of a volume")
+    bundle.add_argument("--spacing", nargs=3, type=spacing, metavar=("X", "Y", "Z"), help="size of a voxel in mm")
+    bundle.add_argument("--steps", type=Number(PositiveInt), help="denoising steps")
+    numbers_help = "numbers that its U-Net is conditioned on, in its order"
+    bundle.add_argument("--numbers", nargs="+", metavar="NAME", help=numbers_help)
     return parser.parse_args(args)
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(parse)
 
+from interop.bundles import BundleOptions
 from interop.convert import convert
 
 
@@ -48,6 +60,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Convert what the command line names. Raises: ValueError naming the file and what does not fit."""
     options = parse(args)
     weights = Path(expand_path(str(options.weights)))
+    bundle = BundleOptions(
+        shape=None if options.shape is None else tuple(options.shape),
+        spacing=None if options.spacing is None else tuple(options.spacing),
+        steps=options.steps,
+        numbers=options.numbers,
+    )
     parts = convert(
         options.format,
         weights,
@@ -56,6 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
         value_range=None if options.value_range is None else tuple(options.value_range),
         scale_factor=options.scale_factor,
         license=options.license,
+        bundle=bundle,
     )
     for part in parts:
         dropped = f", {len(part.dropped)} unused ones left out" if part.dropped else ""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         spectrum_loss,
     )
     from .monai.kl import MonaiAutoencoderKL
+    from .monai.vq import MonaiVQVAE
     from .posterior import DiagonalGaussian3D, LatentDistribution
     from .space_to_depth import SpaceToDepth3D
     from .statistics import latent_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "LatentDistribution",
     "ModelMixin",
     "MonaiAutoencoderKL",
+    "MonaiVQVAE",
     "QuantisedLatents",
     "SpaceToDepth3D",
     "VQGAN3D",

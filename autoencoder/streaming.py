@@ -5,9 +5,10 @@ its last planes, a sum the planes of its faster branch, a fold the planes of an 
 every layer is computed once, from the same neighbors as in the whole volume: no halo, no blending, no seam, and memory
 that does not grow with the third axis.
 
-Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `delayed` (sums and
-concatenations of branches), `whole_cells` (folds). Outside a stream the three return their input. A layer
-made of such layers and of anything that works plane by plane (norms over channels, activations) streams as it is.
+Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `spread` (transposed
+convolutions), `delayed` (sums and concatenations of branches), `whole_cells` (folds). Outside a stream the last two
+return their input. A layer made of such layers and of anything that works plane by plane (norms over channels,
+activations) streams as it is.
 
 Axes: (B, C, X, Y, Z).
 """
@@ -127,6 +128,27 @@ def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int 
         made = min(made, planes.shape[4] // stride)
     stream.keep(key, planes[..., made * stride :])
     return planes[..., : (made - 1) * stride + kernel] if made else planes[..., :0]
+
+
+def spread(
+    key: Hashable, x: Tensor, convolve: Callable[[Tensor], Tensor], kernel: int, stride: int, padding: int
+) -> Tensor:
+    """Return the planes of a transposed convolution along the third axis that no later plane of `x` reaches. There may
+    be none.
+
+    Args:
+        key: the layer; kernel, stride, padding: its own along the third axis (`kernel` with dilation counted).
+        convolve: the convolution without padding along the third axis. It makes `stride` planes of one.
+    """
+    stream = _current.stream
+    assert stream is not None
+    planes, first = stream.take(key, x)
+    if first and not x.shape[4]:
+        return convolve(x)
+    kept = planes.shape[4] - x.shape[4]  # whose own planes are finished; they reach later ones
+    start, end = padding if first else kept * stride, planes.shape[4] * stride + (padding if stream.last else 0)
+    stream.keep(key, planes[..., max(planes.shape[4] - (kernel - 1) // stride, 0) :])
+    return convolve(planes)[..., start:end]
 
 
 def delayed(key: Hashable, x: Tensor, like: Tensor) -> Tensor:

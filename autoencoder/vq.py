@@ -44,11 +44,33 @@ class QuantisedLatents(LatentDistribution):
         return ((self.raw_mean.float() - codes.detach()) ** 2).mean(1, keepdim=True)
 
 
-class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
-    """Vector-quantized autoencoder for volumes, without GroupNorm or attention.
+class QuantisedAutoencoder(VolumeAutoencoder[QuantisedLatents]):
+    """An autoencoder with a codebook.
 
     `encode` gives the latents before quantization, as the diffusion model of Medical Diffusion learns them; `decode`
     quantizes, then decodes. So everything that works on latents works here too.
+    """
+
+    _keep_in_fp32_modules = ["codebook"]
+    codebook: Codebook
+
+    def _distribution(self, encoded: Tensor) -> QuantisedLatents:
+        return QuantisedLatents(encoded, self.codebook, *self._statistics(encoded))
+
+    def latent_bound(self) -> float:
+        """Return the largest absolute value of the standardized codes. Decoding quantizes latents, so nothing beyond
+        the codes has a meaning.
+        """
+        codes = self.codebook.codes.float()
+        mean, std = self._statistics(codes)
+        return float(((codes - mean) / std).abs().max())
+
+    def _decodable(self, raw: Tensor) -> Tensor:
+        return self.codebook(raw)[0]
+
+
+class VQGAN3D(QuantisedAutoencoder):
+    """Vector-quantized autoencoder for volumes, without GroupNorm or attention.
 
     Args:
         in_channels, out_channels: channels of the volume.
@@ -57,8 +79,6 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std, channel_names, data,
             subjects: as `AutoencoderKL3D`.
     """
-
-    _keep_in_fp32_modules = ["codebook"]
 
     @register_to_config
     def __init__(
@@ -82,17 +102,3 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         super().__init__()
         self._build(encoded_channels=latent_channels)
         self.codebook = Codebook(num_codes, latent_channels, codebook_decay)
-
-    def _distribution(self, encoded: Tensor) -> QuantisedLatents:
-        return QuantisedLatents(encoded, self.codebook, *self._statistics(encoded))
-
-    def latent_bound(self) -> float:
-        """Return the largest absolute value of the standardized codes. Decoding quantizes latents, so nothing beyond
-        the codes has a meaning.
-        """
-        codes = self.codebook.codes.float()
-        mean, std = self._statistics(codes)
-        return float(((codes - mean) / std).abs().max())
-
-    def _decodable(self, raw: Tensor) -> Tensor:
-        return self.codebook(raw)[0]

@@ -36,7 +36,7 @@ class MonaiUNet3D(LatentDenoiser):
     and two more classes for the regions of the body.
 
     Args:
-        in_channels, out_channels: channels of the latents; conditions may be further input channels.
+        in_channels, out_channels: channels of the latents.
         channels: width of each level, finest first; each level but the first halves every side.
         num_res_blocks: residual blocks per level.
         attention_levels: whether each level has attention.
@@ -45,6 +45,8 @@ class MonaiUNet3D(LatentDenoiser):
         resblock_updown: whether residual blocks change the size, in place of convolutions.
         attention_output: whether self-attention ends in a linear layer (MONAI's include_fc).
         cross_attention_dim: width of `context`; None for a model without.
+        context_numbers: names of the numbers that are its context, as one token; None for a context of another kind.
+        numbers_as_channels: whether the same numbers are constant input channels, too, behind the latents.
         transformer_num_layers: transformer blocks per attention; only with `cross_attention_dim`.
         num_class_embeds: number of MONAI's class labels; None for a model without.
         upcast_attention: whether attention is computed in float32.
@@ -89,6 +91,8 @@ class MonaiUNet3D(LatentDenoiser):
         upcast_attention: bool = False,
         takes_spacing: bool = False,
         takes_regions: bool = False,
+        context_numbers: Sequence[str] | None = None,
+        numbers_as_channels: bool = False,
         objective: str | None = None,
         classes: dict[str, list[str]] | None = None,
         class_labels: Sequence[NonNegativeInt] | None = None,
@@ -117,11 +121,12 @@ class MonaiUNet3D(LatentDenoiser):
         if any(end is None for end in ends) and ends != [None] * 3:
             raise ValueError(f"beta_schedule, beta_start and beta_end are {ends}: give all three, or none")
         self._check_classes(classes or {}, class_labels or [], num_class_embeds)
+        self._check_numbers(context_numbers or [], cross_attention_dim, numbers_as_channels)
         self.condition_schema.check_dropout()
         self.stride = 2 ** (len(channels) - 1)
         self.network = DiffusionModelUNetMaisi(
             spatial_dims=3,
-            in_channels=in_channels,
+            in_channels=in_channels + (len(context_numbers or ()) if numbers_as_channels else 0),
             out_channels=out_channels,
             num_res_blocks=num_res_blocks,
             num_channels=channels,
@@ -154,6 +159,17 @@ class MonaiUNet3D(LatentDenoiser):
         if count is not None and not (labels and max(labels) < count):
             raise ValueError(f"class_labels {[*labels]}: give at least one, all below num_class_embeds {count}")
 
+    @staticmethod
+    def _check_numbers(names: Sequence[str], width: int | None, as_channels: bool) -> None:
+        """Raise ValueError unless numbers are named once each, and are as many as the context is wide."""
+        if as_channels and not names:
+            raise ValueError("numbers_as_channels: give their names in context_numbers")
+        if names and (len({*names, *SPACING}) < len(names) + len(SPACING) or len(names) != width):
+            raise ValueError(
+                f"context_numbers {[*names]}: give as many different names as cross_attention_dim, {width}, and none "
+                f"of {', '.join(SPACING)}"
+            )
+
     @classmethod
     def complete(
         cls, section: Mapping[str, Any], vae: "VolumeAutoencoder", data: "DataFacts", images: Mapping[str, slice]
@@ -173,7 +189,7 @@ class MonaiUNet3D(LatentDenoiser):
             raise ValueError(
                 f"data.classes is {data.classes or None}, the U-Net knows {known or None}; give data its own"
             )
-        numbers = SPACING if section.get("takes_spacing") else ()
+        numbers = _numbers(section)
         if set(data.numbers) != set(numbers):
             raise ValueError(
                 f"data.numbers is {sorted(data.numbers)}, the U-Net knows {list(numbers)}; set data.numbers to these. "
@@ -192,7 +208,7 @@ class MonaiUNet3D(LatentDenoiser):
         values = _class_values(config)
         return ConditionSchema(
             classes=tuple(sorted(values)),
-            numbers=SPACING if config["takes_spacing"] else (),
+            numbers=_numbers(config),
             dropout=dict(config["condition_dropout"] or {}),
             values={name: values[name] for name in sorted(values)},
         )
@@ -225,28 +241,40 @@ class MonaiUNet3D(LatentDenoiser):
                 zeros, as training pads, and the result is cropped; pipelines generate multiples.
             timestep: (B,) or a scalar, 0 to `train_steps`.
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
-            numbers: (B, 3), voxel size in mm.
-            context: (B, n, cross_attention_dim).
+            numbers: (B, n), voxel size in mm, and the context's numbers; columns as in `condition_schema`.
+            context: (B, n, cross_attention_dim), for a model without `context_numbers`.
         Raises: ValueError for a condition that is missing, not wanted, or has other columns.
         """
         schema, config = self.condition_schema, self.config
         _check_columns("classes", classes, schema.classes)
         _check_columns("numbers", numbers, schema.numbers)
+        sides = sample.shape[2:]
+        sample = pad_at_end(sample, (self.stride, self.stride, self.stride))
+        number = {} if numbers is None else dict(zip(schema.numbers, numbers.unbind(1), strict=True))
+        if names := config["context_numbers"]:
+            if context is not None:
+                raise ValueError(f"the context of this model is {', '.join(names)}; omit `context`")
+            token = torch.stack([number[name] for name in names], dim=1).to(sample.dtype)
+            context = token[:, None]
+            if config["numbers_as_channels"]:
+                constant = token[:, :, None, None, None].expand(-1, -1, *sample.shape[2:])
+                sample = torch.cat([sample, constant], dim=1)
         if (context is None) != (config["cross_attention_dim"] is None):
             how = "with context: pass it" if context is None else "without context: omit it"
             raise ValueError(f"this model was trained {how}")
         of_class = {} if classes is None else dict(zip(schema.classes, classes.unbind(1), strict=True))
         top, bottom = (self._region(of_class.get(name), sample.dtype) for name in reversed(REGION_CLASSES))
+        spacing = torch.stack([number[name] for name in SPACING], dim=1) if config["takes_spacing"] else None
         predicted = self.network(
-            pad_at_end(sample, (self.stride, self.stride, self.stride)),
+            sample,
             torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
             context=context,
             class_labels=self._labels(of_class),
             top_region_index_tensor=top,
             bottom_region_index_tensor=bottom,
-            spacing_tensor=None if numbers is None else (numbers * UNIT).to(sample.dtype),
+            spacing_tensor=None if spacing is None else (spacing * UNIT).to(sample.dtype),
         )
-        h, w, d = sample.shape[2:]
+        h, w, d = sides
         predicted = predicted[..., :h, :w, :d]
         predicted = -predicted if config["objective"] in FLOWS else predicted
         return LatentUNet3DOutput(sample=predicted) if return_dict else (predicted,)
@@ -272,6 +300,11 @@ def _class_values(config: Mapping[str, Any]) -> dict[str, list[str]]:
     values = {name: list(values) for name, values in (config.get("classes") or {}).items()}
     regions = REGION_CLASSES if config.get("takes_regions") else ()
     return {**values, **{name: list(REGIONS) for name in regions}}
+
+
+def _numbers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the numbers of a config, in alphabetical order."""
+    return tuple(sorted([*(SPACING if config.get("takes_spacing") else ()), *(config.get("context_numbers") or ())]))
 
 
 def _check_columns(name: str, value: Tensor | None, columns: Sequence[str]) -> None:

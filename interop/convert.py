@@ -18,6 +18,7 @@ from files.documents import FileError, read_object
 from files.paths import open_regular, printable
 from pipelines.storage.provenance import software
 
+from .bundles import BundleOptions, read_bundle
 from .formats import FORMATS, Format, Part
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile
@@ -70,7 +71,8 @@ class Converted:
 
     def model(self) -> VolumeModel:
         """Read the weights into our class. Raises: FileError for a damaged file; ValueError for NaN and infinity."""
-        self.empty.load_state_dict(self.source.read(self.names), strict=True, assign=True)
+        added = {name: torch.tensor(value) for name, value in self.peer.added.items()}
+        self.empty.load_state_dict(self.source.read(self.names) | added, strict=True, assign=True)
         check_finite(self.empty, self.source.path)
         return self.empty
 
@@ -84,6 +86,7 @@ def convert(
     value_range: tuple[float, float] | None = None,
     scale_factor: float | None = None,
     license: str | None = None,
+    bundle: BundleOptions | None = None,
 ) -> list[Converted]:
     """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
 
@@ -97,18 +100,23 @@ def convert(
         value_range: intensities that the autoencoder took for black and white, for formats that do not fix them.
         scale_factor: what the diffusion model's training multiplied latents by; of the file if it has one.
         license: of the weights, for formats that do not fix it; generated volumes will name it.
+        bundle: what the configs of a bundle do not say.
     Returns: the networks that were written.
     Raises: ValueError naming the file and what does not fit: names, shapes, values, or code in a pickle.
     """
     kind = FORMATS[format_name]
-    _check_options(format_name, kind, network, license)
+    bundle = bundle or BundleOptions()
+    _check_options(format_name, kind, network, license, bundle)
+    if kind.is_bundle:
+        kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None if network is None else read_object(network)
     sources = _sources(format_name, kind, weights)
-    scale_factor = _one_scale([source for _, source in sources], scale_factor)
+    found = _one_scale([source for _, source in sources], scale_factor)
+    scale_factor = kind.scale_factor if found is None else found
     restricted = license or kind.restricted
     parts = []
     for part, source in sources:
-        name, peer, config = _config(part, arguments, network)
+        name, peer, config = _config(part, arguments, network or kind.config)
         if peer.folder == "vae":
             config["value_range"] = _value_range(format_name, kind, value_range)
             config.update(_statistics(config, scale_factor))
@@ -123,19 +131,34 @@ def convert(
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            kind.variant.pipeline(models["vae"], models["unet"]).save_pretrained(unfinished)
+            _save_pipeline(kind, models["vae"], models["unet"], unfinished, kind.config or weights)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
-        record = provenance(format_name, parts, scale_factor, license or kind.license)
+        record = provenance(format_name, parts, scale_factor, license or kind.license, kind.config)
         (unfinished / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (unfinished / "README.md").write_text(model_card(record), encoding="utf-8")
     return parts
 
 
-def _check_options(format_name: str, kind: Format, network: Path | None, license: str | None) -> None:
+def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) -> None:
+    """Write both networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+    assert kind.variant is not None
+    try:
+        kind.variant.pipeline(vae, unet).save_pretrained(folder)
+    except FileError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_options(
+    format_name: str, kind: Format, network: Path | None, license: str | None, bundle: BundleOptions
+) -> None:
     """Raise ValueError for options that a format does not take, or lacks."""
-    given = any(part.arguments is None for part in kind.parts)
+    if bundle.given and not kind.is_bundle:
+        raise ValueError(f"{format_name}: {', '.join(bundle.given)} is for bundles (monai-bundle); omit it")
+    given = any(part.arguments is None for part in kind.parts) and not kind.is_bundle
     if given and network is None:
         raise ValueError(
             f"{format_name}: give the arguments of the network's class as a JSON file (--network), such as "
@@ -274,7 +297,8 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{source.path}: its network cannot be built: {error}") from error
     wrapped = bool(source.state) and all(key.startswith("module.") for key in source.state)  # of DataParallel
-    unused = tuple(key for key in source.state if dropped is not None and re.fullmatch(dropped, key))
+    patterns = [dropped, None if config.get("attention_output", True) else peer.unused]
+    unused = tuple(key for key in source.state if any(p is not None and re.fullmatch(p, key) for p in patterns))
     names: dict[str, str] = {}
     problems: dict[str, list[str]] = {
         "named twice": [],
@@ -295,7 +319,7 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
         else:
             names[key] = ours
     reached = {renamed(key.removeprefix("module.") if wrapped else key, peer.renames) for key in source.state}
-    problems["missing"] = sorted(expected.keys() - reached)
+    problems["missing"] = sorted(expected.keys() - reached - peer.added.keys())
     if found := [f"{len(keys)} {what} ({_shorten(keys)})" for what, keys in problems.items() if keys]:
         raise ValueError(
             f"{source.path}: does not hold the tensors of this {name}: {'; '.join(found)}. Was it trained with other "
@@ -306,7 +330,11 @@ def _fit(name: str, peer: Peer, source: Source, config: Mapping[str, Any], dropp
 
 
 def provenance(
-    format_name: str, parts: list[Converted], scale_factor: float | None, license: str | None
+    format_name: str,
+    parts: list[Converted],
+    scale_factor: float | None,
+    license: str | None,
+    config: Path | None = None,
 ) -> dict[str, object]:
     """Return what provenance.json records: where the weights came from, and what was done to them."""
     kind = FORMATS[format_name]
@@ -316,6 +344,7 @@ def provenance(
         "source": kind.source,
         "license": license,
         "scale_factor": scale_factor,
+        "config": None if config is None else {"file": config.name, "sha256": _sha256(config)},
         "networks": {
             part.peer.folder: {
                 "class": part.name,

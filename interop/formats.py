@@ -6,9 +6,16 @@ not be had where this was written; their layout is that of the scripts that wrot
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from . import maisi
 from .maisi import Variant
+
+if TYPE_CHECKING:
+    from autoencoder import MonaiAutoencoderKL
+    from diffusion import MonaiUNet3D
+    from pipelines import MedVolumePipeline
 
 OUT_PROJ = r".+\.(?:attentions\.\d+|attention)\.attn\.out_proj\.(?:weight|bias)"
 
@@ -32,6 +39,14 @@ class Part:
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
+class Assembly(Protocol):
+    """What turns both networks of a format into a pipeline."""
+
+    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
+        """Put the networks together. Raises: ValueError if they do not fit."""
+        ...
+
+
 @dataclass(frozen=True)
 class Format:
     """What a file or folder of weights is.
@@ -44,6 +59,9 @@ class Format:
         restricted: what every generated volume must say of the license; None where nothing is forbidden.
         source: where the weights are published.
         variant: what turns both networks into a pipeline; None where that is not known.
+        is_bundle: whether arguments, files and sampling are read from the bundle's own configs (`interop.bundles`).
+        config: the file that the arguments were read from.
+        scale_factor: what latents are multiplied by where neither a file nor the user says; None if one must.
     """
 
     help: str
@@ -52,7 +70,10 @@ class Format:
     license: str | None = None
     restricted: str | None = None
     source: str | None = None
-    variant: Variant | None = None
+    variant: Assembly | None = None
+    is_bundle: bool = False
+    config: Path | None = None
+    scale_factor: float | None = None
 
 
 _MAISI_VAE: Mapping[str, object] = {
@@ -87,10 +108,19 @@ _OPEN = "NVIDIA Open Model License"
 _RESEARCH = "non-commercial research only, also for derivatives (NVIDIA, LICENSE.weights of NV-Generate-MR, 3.2, 3.3)"
 
 
-def _maisi(name: str, file: str, vae: Part, variant: Variant, **of_format: str) -> Format:
+def _maisi(
+    name: str, file: str, vae: Part, variant: Variant, *, license: str, source: str, restricted: str | None = None
+) -> Format:
     unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file], settings=variant.unet_settings())
-    vae_and_unet = f"MAISI {name}: autoencoder and U-Net"
-    return Format(vae_and_unet, [vae, unet], value_range=(0.0, 1.0), variant=variant, **of_format)
+    return Format(
+        f"MAISI {name}: autoencoder and U-Net",
+        [vae, unet],
+        value_range=(0.0, 1.0),
+        license=license,
+        restricted=restricted,
+        source=source,
+        variant=variant,
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -98,9 +128,16 @@ FORMATS: dict[str, Format] = {
         "MONAI's AutoencoderKL, or AutoencoderKlMaisi, that you trained (--network, --value_range)",
         [Part(["AutoencoderKL", "AutoencoderKlMaisi"])],
     ),
+    "monai-vqvae": Format("MONAI's VQVAE that you trained (--network, --value_range)", [Part(["VQVAE"])]),
     "monai-diffusion-unet": Format(
         "MONAI's DiffusionModelUNet, or DiffusionModelUNetMaisi, that you trained (--network)",
         [Part(["DiffusionModelUNet", "DiffusionModelUNetMaisi"])],
+    ),
+    "monai-bundle": Format(
+        "a bundle of MONAI's model zoo, with an autoencoder and a diffusion U-Net of latents (its folder)",
+        [Part(["AutoencoderKL"]), Part(["DiffusionModelUNet"])],
+        is_bundle=True,
+        scale_factor=1.0,  # the scripts of the zoo's bundles decode latents as they are
     ),
     "maisi-ddpm-ct": Format(
         "MAISI v1, DDPM, CT: autoencoder and U-Net",

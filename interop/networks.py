@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
+from autoencoder.monai.vq import MonaiVQVAE
 from diffusion.monai_unet import MonaiUNet3D
 
 Renames = Sequence[tuple[str, str]]
@@ -18,6 +19,7 @@ WITHOUT_EFFECT = frozenset(
     "use_flash_attention use_checkpoint use_checkpointing num_splits dim_split norm_float16 print_info save_mem "
     "dropout_cattn _target_ _desc_ _disabled_".split()
 )
+FIXED: Mapping[str, Sequence[object]] = {"spatial_dims": (3,), "use_combined_linear": (False,)}
 # Of a U-Net's training: entries of `MonaiUNet3D`'s config.
 TRAINED = ("objective", "train_steps", "beta_schedule", "beta_start", "beta_end", "shift_voxels")
 # In weights of MONAI Generative, before MONAI 1.4, these had other names.
@@ -31,6 +33,10 @@ MAISI_AUTOENCODER: Renames = (
     (r"(encoder\.blocks\.\d+\.conv)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
     (r"((?:en|de)coder\.blocks\.\d+(?:\.conv1|\.conv2|\.nin_shortcut)?)\.conv\.conv\.(weight|bias)", r"\1.conv.\2"),
 )
+# Layers of MONAI Generative's self-attention that its forward pass never used. Nor does MONAI's without `include_fc`.
+UNUSED_AUTOENCODER = r"(?:module\.)?(?:en|de)coder\.blocks\.\d+\.proj_attn\.(?:weight|bias)"
+UNUSED_UNET = r".+\.(?:attentions\.\d+|attention)\.proj_attn\.(?:weight|bias)"
+GENERATIVE = "generative."  # the package of MONAI Generative
 UNET: Renames = (
     (r"(.+\.(?:attentions\.\d+|attention))\.(to_[qkv])\.(weight|bias)", r"network.\1.attn.\2.\3"),
     (r"(.+\.(?:attentions\.\d+|attention))\.proj_attn\.(weight|bias)", r"network.\1.attn.out_proj.\2"),
@@ -51,6 +57,10 @@ class Peer:
         defaults: what MONAI takes for arguments that are not given, by our names.
         renames: patterns of the names of its tensors, and ours; the first that fits counts, others keep their names.
         marker: the beginning of names that tells its weights from those of other classes.
+        ignored: arguments that change training alone, and no weight's name, as `WITHOUT_EFFECT`.
+        fixed: arguments that must have one of these values, the first by default.
+        added: values of tensors that our class has beside MONAI's.
+        unused: a pattern of tensors that files may hold, and a network without `attention_output` does not use.
     """
 
     model: type[VolumeModel]
@@ -59,6 +69,10 @@ class Peer:
     defaults: Mapping[str, object]
     renames: Renames
     marker: str
+    unused: str | None = None
+    ignored: frozenset[str] = frozenset()
+    added: Mapping[str, bool] = field(default_factory=dict)
+    fixed: Mapping[str, Sequence[object]] = field(default_factory=lambda: FIXED)
 
 
 _SHARED = {
@@ -93,6 +107,22 @@ _MAISI_DEFAULTS = {
     "attention_output": False,
     "upsampling": "trilinear",
 }
+_VQVAE = {
+    **{name: name for name in ("in_channels", "out_channels", "channels", "num_res_layers", "num_res_channels")},
+    "num_channels": "channels",
+    "num_embeddings": "num_codes",
+    "embedding_dim": "latent_channels",
+    "decay": "codebook_decay",
+    "downsample_parameters": "downsample",
+    "upsample_parameters": "upsample",
+}
+LEVELS = ("downsample", "upsample")  # of one level: several numbers, which MONAI takes for all levels, too
+_VQVAE_DEFAULTS = {"channels": [96, 96, 192]}  # the others are those of our class
+VQVAE: Renames = (
+    (r"quantizer\.quantizer\.embedding\.weight", "codebook.codes"),
+    (r"quantizer\.quantizer\.ema_cluster_size", "codebook.counts"),
+    (r"quantizer\.quantizer\.ema_w", "codebook.sums"),
+)
 _UNET_DEFAULTS = {
     "num_res_blocks": 2,
     "channels": [32, 64, 64, 64],
@@ -101,9 +131,28 @@ _UNET_DEFAULTS = {
     "attention_output": True,
 }
 PEERS = {
-    "AutoencoderKL": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _AUTOENCODER_DEFAULTS, OLD_AUTOENCODER, "encoder."),
+    "AutoencoderKL": Peer(
+        MonaiAutoencoderKL,
+        "vae",
+        _AUTOENCODER,
+        _AUTOENCODER_DEFAULTS,
+        OLD_AUTOENCODER,
+        "encoder.",
+        UNUSED_AUTOENCODER,
+    ),
     "AutoencoderKlMaisi": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _MAISI_DEFAULTS, MAISI_AUTOENCODER, "encoder."),
-    "DiffusionModelUNet": Peer(MonaiUNet3D, "unet", _UNET, _UNET_DEFAULTS, UNET, "down_blocks."),
+    "VQVAE": Peer(
+        MonaiVQVAE,
+        "vae",
+        _VQVAE,
+        _VQVAE_DEFAULTS,
+        VQVAE,
+        "encoder.",
+        ignored=frozenset("dropout embedding_init commitment_cost epsilon ddp_sync".split()),
+        added={"codebook.initialized": True},
+        fixed={"spatial_dims": (3,), "act": ("RELU", "relu"), "output_act": (None,)},
+    ),
+    "DiffusionModelUNet": Peer(MonaiUNet3D, "unet", _UNET, _UNET_DEFAULTS, UNET, "down_blocks.", UNUSED_UNET),
     "DiffusionModelUNetMaisi": Peer(
         MonaiUNet3D,
         "unet",
@@ -135,7 +184,10 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     Raises: ValueError for an argument that it does not have, for one that would make another network than ours, and for
         expressions, which are never evaluated.
     """
-    given = {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
+    given = {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT | peer.ignored}
+    for name, values in peer.fixed.items():
+        if given.pop(name, values[0]) not in values:
+            raise ValueError(f"{name} is {arguments[name]!r:.80}; only {values[0]!r} can be converted")
     trained = {name: given.pop(name) for name in TRAINED if name in given and peer.folder == "unet"}
     if trained.get("objective") in ("epsilon", "v_prediction") and "beta_schedule" not in trained:
         raise ValueError(
@@ -150,10 +202,6 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
             f"{', '.join(expressions)}: expressions and references are not evaluated; write the values out"
         )
     regions = {given.pop(f"include_{end}_region_index_input", None) or False for end in ("top", "bottom")}
-    fixed = {"spatial_dims": (3, None), "use_combined_linear": (False, None)}
-    for name, values in fixed.items():
-        if given.pop(name, None) not in values:
-            raise ValueError(f"{name} is {arguments[name]!r}; only {values[0]!r} can be converted")
     attends, transposed = given.pop("with_conditioning", None), given.pop("use_convtranspose", False)
     if attends is not None and attends != (given.get("cross_attention_dim") is not None):
         raise ValueError("with_conditioning and cross_attention_dim belong together; give both or neither")
@@ -161,9 +209,12 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError("channels and num_channels are the same argument; give one")
     if unknown := sorted(given.keys() - peer.arguments.keys()):
         raise ValueError(f"{', '.join(unknown)}: not an argument of this class; it takes {', '.join(peer.arguments)}")
+    defaults = dict(peer.defaults)
+    if str(arguments.get("_target_")).startswith(GENERATIVE) and "include_fc" in peer.arguments:
+        defaults["attention_output"] = given.get("cross_attention_dim") is not None  # never after self-attention
     config: dict[str, object] = {
         **trained,
-        **peer.defaults,
+        **defaults,
         **{peer.arguments[name]: value for name, value in given.items()},
     }
     if regions != {False}:
@@ -176,10 +227,15 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         config["upsampling"] = "transposed"
     if isinstance(count := config.get("num_class_embeds"), int):
         config |= {"classes": {"label": [str(label) for label in range(count)]}, "class_labels": [*range(count)]}
-    for name in ("num_res_blocks", "num_head_channels"):
-        if isinstance(config.get(name), int) and isinstance(levels := config.get("channels"), list | tuple):
-            config[name] = [config[name]] * len(levels)
+    for name in ("num_res_blocks", "num_head_channels", "num_res_channels", *LEVELS):
+        one = isinstance(value := config.get(name), int) or (name in LEVELS and _are_numbers(value))
+        if one and isinstance(levels := config.get("channels"), list | tuple):
+            config[name] = [value] * len(levels)
     return config
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, int) for one in value)
 
 
 def _has_text(value: object) -> bool:

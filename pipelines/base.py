@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D
+from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, MonaiVQVAE, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
 from diffusion import Conditions, LatentDenoiser, LatentUNet3D, MonaiUNet3D, check_guidance, denoise
 from diffusion.attention import check_attention_backend
@@ -79,7 +79,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     def __init__(
         self,
         # by name: `DiffusionPipeline.from_pipe` compares exact types
-        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL,
+        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL | MonaiVQVAE,
         unet: LatentUNet3D | MonaiUNet3D,
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,

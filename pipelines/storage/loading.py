@@ -13,7 +13,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
 import diffusion
-from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, SpaceToDepth3D, VolumeAutoencoder
+from autoencoder import (
+    VQGAN3D,
+    AutoencoderKL3D,
+    MonaiAutoencoderKL,
+    MonaiVQVAE,
+    SpaceToDepth3D,
+    VolumeAutoencoder,
+)
 from diffusion import LatentDenoiser
 from diffusion.guidance import autoguidance_in_effect
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
@@ -151,7 +158,9 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
         raise ValueError(f"{path}: is not a config of a {scheduler_class.__name__}: {error}") from error
 
 
-def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL:
+def load_autoencoder(
+    folder: str | Path,
+) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL | MonaiVQVAE:
     """Load the trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference, as the
     class that its config names.
 

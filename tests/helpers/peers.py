@@ -58,3 +58,17 @@ def write_maisi(folder: Path, name: str, scale_factor: float = 1.25) -> tuple[nn
     content["unet_state_dict"] = unet.state_dict()
     torch.save(content, folder / "models" / formats.FORMATS[name].parts[1].files[0])
     return vae, unet
+
+
+def old_name(key: str) -> str:
+    """The name that MONAI Generative gave a tensor of today's."""
+    key = key.replace(".postconv.", ".conv.").replace(".attn.out_proj.", ".proj_attn.").replace(".attn.to_", ".to_")
+    return key.replace("attn1.out_proj.", "attn1.to_out.0.").replace("attn2.out_proj.", "attn2.to_out.0.")
+
+
+def old_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a network as MONAI Generative stored them, with the layers of its self-attention that it never
+    used."""
+    state = {old_name(key): value for key, value in network.state_dict().items()}
+    unused = {key.replace(".to_q.", ".proj_attn."): value * 3 for key, value in state.items() if ".to_q." in key}
+    return state | {key: value for key, value in unused.items() if "transformer_blocks" not in key and key not in state}

@@ -119,12 +119,6 @@ def test_unets_of_users(kind, tmp_path):
         assert_equal(ours(latents, timesteps, **ours_given).sample, theirs(latents, timesteps, **theirs_given))
 
 
-def old_name(key: str) -> str:
-    """The name that MONAI Generative gave a tensor of today's."""
-    key = key.replace(".postconv.", ".conv.").replace(".attn.out_proj.", ".proj_attn.").replace(".attn.to_", ".to_")
-    return key.replace("attn1.out_proj.", "attn1.to_out.0.").replace("attn2.out_proj.", "attn2.to_out.0.")
-
-
 @pytest.mark.parametrize("name", ["AutoencoderKL", "DiffusionModelUNet"])
 def test_names_of_monai_generative_are_those_that_monai_reads(name):
     """MONAI's own `load_old_state_dict` and our table read the same file alike."""
@@ -133,7 +127,7 @@ def test_names_of_monai_generative_are_those_that_monai_reads(name):
     if name == "DiffusionModelUNet":
         arguments |= {"num_head_channels": 8, "with_conditioning": True, "cross_attention_dim": 4}
     network = {"AutoencoderKL": AutoencoderKL, "DiffusionModelUNet": DiffusionModelUNet}[name](**arguments)
-    old = {old_name(key): torch.randn(value.shape) for key, value in network.state_dict().items()}
+    old = {peers.old_name(key): torch.randn(value.shape) for key, value in network.state_dict().items()}
     assert set(old) != set(network.state_dict())
     ours = {renamed(key, PEERS[name].renames).removeprefix("network."): value for key, value in old.items()}
     network.load_old_state_dict(dict(old))
