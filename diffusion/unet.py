@@ -79,7 +79,9 @@ class TimeResidualBlock(nn.Module):
 def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
     """Zero-pad the far sides of (B, C, h, w, d) to multiples of the stride."""
     missing = [-n % s for n, s in zip(x.shape[2:], stride, strict=True)]
-    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
+    if torch.compiler.is_exporting() or any(missing):  # an exported program is of any size
+        return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]))
+    return x
 
 
 class LatentUNet3D(LatentDenoiser, AttentionMixin):
