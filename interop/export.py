@@ -1,0 +1,177 @@
+"""Write networks of ours for programs that do not have our code."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from autoencoder import VolumeAutoencoder
+from autoencoder.model import VolumeModel
+from diffusion import LatentDenoiser
+from files.atomic import atomic_folder
+from files.documents import FileError
+from files.shipped import expand_path
+from pipelines import MedVolumePipeline
+from pipelines.storage.loading import load_autoencoder, load_unet
+from pipelines.storage.provenance import software
+
+from .bundle import write_bundle
+from .networks import arguments_of, monai_state, peer_name
+from .programs import export_decoder, export_denoiser, export_encoder
+
+CARD = "weights.md"  # the pipeline's own README.md, which says how it was trained and whose data it saw
+SYNTHETIC = "Volumes that they generate are synthetic: for research, not for diagnosis."
+UNKNOWN_LICENSE = "unknown: ask whoever trained them before you share them"
+RUN = """\
+From this folder, with MONAI and nibabel:
+
+    python -m monai.bundle run --config_file configs/inference.json --mask MASK.nii.gz --output_dir out --seed 0
+
+The mask has the label values in configs/sampling.json, and the voxel size there.
+The volume lies on the mask's own grid, in the units of the training files.
+With the same seed it is the volume of the pipeline."""
+LOAD = """\
+With torch alone:
+
+    program = torch.export.load("decoder.pt2").module()
+    volume = program(latents)
+
+{signatures}
+Batches and sides may be of any size. Load programs only from people whom you trust."""
+SIGNATURES = {
+    "decoder": "- `decoder(latents)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) "
+    "in [-1, 1], not clamped; {stride} voxels per latent voxel.",
+    "encoder": "- `encoder(volume)`: volumes, padded to multiples of {stride}, to mean and standard deviation of the "
+    "standardized latents.",
+    "unet": "- `unet(sample=..., timestep=..., {conditions})`: noisy latents and timesteps (B,) to the prediction of "
+    "{objective}.",
+}
+
+
+def export(target: str, pipeline: Path, output: Path, license: str | None = None) -> list[str]:
+    """Write a pipeline, or an autoencoder or U-Net alone, as `target`, with a README.md.
+
+    Args:
+        target: a name in `formats.TARGETS`.
+        pipeline: folder of a pipeline; or one with vae/ or unet/ alone, but for a bundle.
+        output: the new folder, which appears when everything is written.
+        license: of the weights, where their config does not say.
+    Returns: what the folder does not have of the pipeline, a sentence each.
+    Raises: ValueError naming what cannot be written so.
+    """
+    folder = Path(expand_path(str(pipeline)))
+    if output.is_dir() and any(output.iterdir()):
+        raise FileError(f"{output}: holds files already; give a new folder")
+    if target == "monai-bundle":
+        pipe = MedVolumePipeline.from_pretrained(folder)
+        networks: dict[str, VolumeModel] = {"vae": pipe.vae, "unet": pipe.unet}
+    else:
+        pipe, networks = None, _networks(folder)
+    license = _license(networks.values(), license, folder)
+    with atomic_folder(output) as unfinished:
+        if pipe is not None:
+            text, notes = RUN, write_bundle(pipe, unfinished, license)
+        else:
+            write = write_weights if target == "monai-weights" else write_programs
+            text, notes = write(networks, unfinished)
+        docs = unfinished / "docs" if pipe is not None else unfinished
+        docs.mkdir(exist_ok=True)
+        if (folder / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", docs / CARD)
+        (docs / "README.md").write_text(_readme(folder.resolve().name, text, license, notes), encoding="utf-8")
+    return notes
+
+
+def write_programs(networks: Mapping[str, VolumeModel], folder: Path) -> tuple[str, list[str]]:
+    """Write decoder.pt2, encoder.pt2 and unet.pt2, of those that are there. Returns: how to use them, and notes."""
+    vae, unet = networks.get("vae"), networks.get("unet")
+    exports: dict[str, Callable[[], ExportedProgram]] = {}
+    values: dict[str, object] = {}
+    if vae is not None:
+        exports |= {"decoder": lambda: export_decoder(vae), "encoder": lambda: export_encoder(vae)}
+        values |= {"latents": vae.config["latent_channels"], "channels": vae.config["out_channels"]}
+        values["stride"] = " x ".join(map(str, vae.stride))
+    if unet is not None:
+        exports["unet"] = lambda: export_denoiser(unet)
+        values |= {"conditions": _conditions(unet), "objective": unet.config["objective"]}
+    for name, make in exports.items():
+        torch.export.save(make(), folder / f"{name}.pt2")
+    signatures = [SIGNATURES[name].format(**values) for name in exports]
+    return LOAD.format(signatures="\n".join(signatures)), []
+
+
+def write_weights(networks: Mapping[str, VolumeModel], folder: Path) -> tuple[str, list[str]]:
+    """Write the weights of MONAI's classes, under MONAI's names, and their arguments.
+
+    Files are laid out as MAISI's scripts write them: vae.pt is a bare state dict, unet.pt has it as unet_state_dict,
+    beside scale_factor and num_train_timesteps.
+
+    Returns: how to use them, and notes. Raises: ValueError for a network that is not MONAI's.
+    """
+    names = {part: peer_name(model) for part, model in networks.items()}
+    lines = ["| file | class of MONAI | arguments |", "|---|---|---|"]
+    for part, model in networks.items():
+        state = monai_state(names[part], model)
+        if part == "unet":
+            content = {"unet_state_dict": state, "num_train_timesteps": model.train_steps}
+            content |= {} if "vae" not in networks else {"scale_factor": _scale_factor(networks["vae"])}
+        else:
+            content = state
+        torch.save(content, folder / f"{part}.pt")
+        arguments = arguments_of(names[part], model.config)
+        (folder / f"{part}.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+        lines.append(f"| {part}.pt | {arguments['_target_']} | {part}.json |")
+    return "\n".join(lines), []
+
+
+def _networks(folder: Path) -> dict[str, VolumeModel]:
+    """Load what a folder has of autoencoder and U-Net. Raises: FileError if it has neither."""
+    loaders = {"vae": load_autoencoder, "unet": load_unet}
+    networks = {part: load(folder) for part, load in loaders.items() if (folder / part / "config.json").is_file()}
+    if not networks:
+        raise FileError(f"{folder}: has neither vae/config.json nor unet/config.json; give the folder of a pipeline")
+    return networks
+
+
+def _scale_factor(vae: VolumeModel) -> torch.Tensor:
+    """Return what MONAI multiplies latents by. Raises: ValueError for statistics that no single factor expresses."""
+    mean, std = vae.config["latents_mean"], vae.config["latents_std"]
+    if any(mean) or len(set(std)) > 1:
+        raise ValueError("vae: its latent statistics differ by channel or have a mean, which MONAI's scale_factor cannot say")
+    return torch.tensor(1 / std[0])
+
+
+def _conditions(unet: LatentDenoiser) -> str:
+    """Return the keywords of a U-Net's program, with what they are."""
+    schema = unet.condition_schema
+    found = {
+        "mask=label indices (B, X, Y, Z), -1 outside the field of view": schema.mask,
+        f"classes=indices (B, {len(schema.classes)}) of {', '.join(schema.classes)}, -1 where absent": schema.classes,
+        f"numbers=(B, {len(schema.numbers)}) of {', '.join(schema.numbers)}, NaN where absent": schema.numbers,
+        f"image=latents (B, {len(schema.image_columns)}, h, w, d)": schema.images,
+        "next_timestep=(B,)": unet.takes_next_timestep,
+    }
+    return ", ".join(text for text, given in found.items() if given)
+
+
+def _license(networks: Iterable[VolumeModel], given: str | None, folder: Path) -> str:
+    """Return the license of the weights: the config's, or the one that was given, or where to look for it.
+
+    Raises: ValueError if both are there, and differ.
+    """
+    own = next((text for model in networks if (text := model.config.get("license"))), None)
+    if own and given and own != given:
+        raise ValueError(f"--license: the license of these weights is {own}; omit it")
+    return own or given or (f"see {CARD}" if (folder / "README.md").is_file() else UNKNOWN_LICENSE)
+
+
+def _readme(name: str, text: str, license: str, notes: Sequence[str]) -> str:
+    """Return the text of README.md."""
+    lines = [f"# {name}, written by {software()}", "", text, "", "## License", ""]
+    lines += [f"License of the weights: {license}.", SYNTHETIC]
+    if notes:
+        lines += ["", "## What the pipeline does and this folder does not", "", *(f"- {note}" for note in notes)]
+    return "\n".join([*lines, ""])
