@@ -1,0 +1,255 @@
+"""Networks of ours, written for programs that do not have our code, compute there what they compute here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import peers
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.networks.nets.autoencoderkl import AutoencoderKL
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+from tiny import mask_image, tiny_pipeline
+
+from convert import main as command
+from convert import parse
+from diffusion import MonaiUNet3D, make_scheduler
+from interop.bundle import _sampling, write_bundle
+from interop.bundle_sampler import MaskToVolume
+from interop.convert import convert
+from interop.export import export
+from interop.networks import monai_state
+from interop.programs import Denoiser, export_denoiser
+from pipelines import MedVolumePipeline, SamplingSettings
+from pipelines.storage.loading import load_autoencoder
+
+TOLERANCE = 1e-5  # of the range
+OURS = "autoencoder cli diffusion files interop medvolume pipelines training volumes".split()
+PROGRAMS = """
+import sys, torch
+given = torch.load("given.pt")
+made = {name: torch.export.load(f"{name}.pt2").module()(**inputs) for name, inputs in given.items()}
+torch.save(made, "made.pt")
+assert not {"diffusers", "monai"} & sys.modules.keys()
+"""
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert found.shape == expected.shape and expected.std() > 1e-3  # an answer that weights and input decide
+    assert (found - expected).abs().max() <= tolerance * (expected.max() - expected.min())
+
+
+def run_elsewhere(folder: Path, cwd: Path, *words: str) -> None:
+    """Run Python where none of our packages can be imported."""
+    folder.mkdir()
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({OURS!r}))\n"
+    (folder / "sitecustomize.py").write_text(blocked)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def guided_pipeline(name: str | None = "UniPCMultistepScheduler", objective: str = "rectified_flow"):
+    """A pipeline with every setting of the sampler that the shipped ones have."""
+    pipe = tiny_pipeline(objective=objective, condition_dropout={"mask": 0.1})
+    pipe.scheduler = make_scheduler(objective, name=name)
+    pipe.sampling_settings = SamplingSettings(4, 2.0, (0.2, 0.8))
+    return pipe
+
+
+def test_our_packages_cannot_be_imported_elsewhere(tmp_path):
+    code = f"import importlib, torch\nfor name in {OURS!r}:\n try: importlib.import_module(name)\n except ImportError: "
+    run_elsewhere(tmp_path / "site", tmp_path, "-c", code + "continue\n raise SystemExit(name)")
+
+
+def test_programs_run_with_torch_alone(tmp_path):
+    """On shapes and batches other than those that were traced, odd sides of the latents included."""
+    pipe, given, expected = guided_pipeline(), {}, {}
+    pipe.save_pretrained(tmp_path / "pipeline")
+    command(["--to", "torch-export", "--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "out")])
+    noisy, mask = torch.randn(3, 4, 5, 3, 8), torch.randint(-1, 3, (3, 20, 12, 32))
+    given["unet"] = {"sample": noisy, "timestep": torch.tensor([999.0, 1.0, 430.0]), "mask": mask}
+    given["decoder"], given["encoder"] = {"latents": noisy[:1]}, {"volume": torch.randn(1, 1, 8, 12, 20)}
+    torch.save(given, tmp_path / "out/given.pt")
+    run_elsewhere(tmp_path / "site", tmp_path / "out", "-c", PROGRAMS)
+    made = torch.load(tmp_path / "out/made.pt")
+    with torch.no_grad():
+        expected["unet"] = Denoiser(pipe.unet)(**given["unet"])
+        expected["decoder"] = pipe.vae.decode(noisy[:1]).sample
+        posterior = pipe.vae.encode(given["encoder"]["volume"]).latent_dist
+    assert_equal(made["unet"], expected["unet"])
+    assert_equal(made["decoder"], expected["decoder"])
+    assert_equal(made["encoder"][0], posterior.mean)
+    assert_equal(made["encoder"][1], posterior.std)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "synthetic" in text and "mask=label indices" in text and "unknown: ask" in text
+
+
+def test_a_bundle_generates_with_monai_alone(tmp_path):
+    """The pipeline's own volume of the seed, on a grid that is neither RAS nor a multiple of the stride."""
+    pipe = guided_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    folder = tmp_path / "out"
+    command(["--to", "monai-bundle", "--pipeline", str(tmp_path / "pipeline"), "--output", str(folder)])
+    affine = np.array([[0.0, -1.0, 0.0, 10.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 1.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+    image = mask_image((10, 13, 16), affine)
+    labels = np.asarray(image.dataobj).copy()
+    labels[:2] = -1  # outside the field of view
+    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "mask.nii.gz")
+    words = f"-m monai.bundle run --config_file configs/inference.json --mask {tmp_path}/mask.nii.gz --seed 7"
+    run_elsewhere(tmp_path / "site", folder, *words.split())
+    made = nib.load(folder / "out/mask_synthetic.nii.gz")
+    call = {"generator": [torch.Generator().manual_seed(7)], "residual_noise": False}
+    expected = pipe(mask=tmp_path / "mask.nii.gz", **call).volumes[0]
+    assert np.array_equal(made.affine, expected.affine)
+    assert_equal(torch.from_numpy(made.get_fdata()), torch.from_numpy(expected.get_fdata()))
+    metadata = json.loads((folder / "configs/metadata.json").read_text())
+    assert metadata["synthetic"] and metadata["model"] == pipe.model_hash
+    assert metadata["sampler"].startswith("UniPCMultistepScheduler, as a table of 6 calls")
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        ("rectified_flow", None),
+        ("rectified_flow", "FlowMatchHeunDiscreteScheduler"),
+        ("rectified_flow", "DPMSolverMultistepScheduler"),
+        ("v_prediction", "DDIMScheduler"),
+        ("epsilon", "UniPCMultistepScheduler"),
+        ("flow_map", None),
+    ],
+)
+def test_a_table_samples_what_the_scheduler_samples(objective, name, tmp_path):
+    pipe = guided_pipeline(name, objective)
+    if objective == "flow_map":
+        pipe.sampling_settings = SamplingSettings(3)
+    (tmp_path / "sampling.json").write_text(json.dumps(_sampling(pipe)))
+    network = MaskToVolume(Denoiser(pipe.unet), None, str(tmp_path / "sampling.json"), seed=3)
+    mask = mask_image((12, 8, 16))
+    values = torch.from_numpy(np.asarray(mask.dataobj).astype(np.int64))
+    indices = torch.searchsorted(torch.tensor(network.settings["labels"]), values)
+    with torch.no_grad():
+        latents = network.denoise(indices[None])
+    call = {"generator": [torch.Generator().manual_seed(3)], "output_type": "latent"}
+    assert_equal(latents[0], pipe(mask=mask, **call).volumes[0])
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "options"),
+    [("v_prediction", "DDPMScheduler", {}), ("v_prediction", "DDIMScheduler", {"clip_sample": True})],
+)
+def test_samplers_that_no_table_expresses_are_refused(objective, name, options):
+    pipe = guided_pipeline(name, objective)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **options)
+    with pytest.raises(ValueError, match=f"{name}: adds noise between steps, or clips"):
+        _sampling(pipe)
+
+
+def test_pipelines_that_no_bundle_expresses_are_refused(tmp_path):
+    for pipe, reason in (
+        (tiny_pipeline(num_labels=0, labels={}), "is not conditioned on a mask"),
+        (tiny_pipeline(images={"MR": 4}, channels=["CT", "MR"], intensity=TWO), "is conditioned on MR"),
+        (tiny_pipeline(background_threshold=-0.9), "empties the background"),
+    ):
+        with pytest.raises(ValueError, match=f"{reason}.*--to torch-export"):
+            write_bundle(pipe, tmp_path, "CC-BY-4.0")
+    assert not any(tmp_path.iterdir())
+
+
+SCALE = {"kind": "window", "low": -100.0, "high": 300.0}
+TWO = [SCALE, SCALE]
+
+
+def test_a_bundle_says_what_it_leaves_out(tmp_path):
+    pipe = guided_pipeline()
+    pipe.sampling_settings = SamplingSettings(2, guidance_without={"anterior": "background"})
+    notes = write_bundle(pipe, tmp_path, "CC-BY-4.0")
+    assert notes == ["Guidance by labels is left out (as guidance_without={})."]
+    metadata = json.loads((tmp_path / "configs/metadata.json").read_text())
+    assert metadata["not_in_this_bundle"] == notes and metadata["license"] == "CC-BY-4.0"
+
+
+def test_masks_that_the_model_does_not_know_are_refused(tmp_path):
+    (tmp_path / "sampling.json").write_text(json.dumps(_sampling(guided_pipeline())))
+    network = MaskToVolume(None, None, str(tmp_path / "sampling.json"))
+    read = ConfigParser({"read": {"_target_": "LoadImage", "ensure_channel_first": True}}).get_parsed_content("read")
+    for image, message in (
+        (nib.Nifti1Image(np.full((8, 8, 8), 3, np.int16), np.eye(4)), r"holds \[3\.0\]; the model knows .*\[0, 2, 5\]"),
+        (mask_image((8, 8, 8), np.diag([2.0, 1.0, 1.0, 1.0])), r"2\.0, 1\.0, 1\.0\] mm, the model's \[1\.0"),
+    ):
+        nib.save(image, tmp_path / "mask.nii.gz")
+        with pytest.raises(ValueError, match=message):
+            network(read(tmp_path / "mask.nii.gz"))
+
+
+@pytest.mark.parametrize("name", ["maisi-rflow-mr", "maisi-ddpm-ct"])
+def test_weights_of_maisi_go_back_bit_for_bit(name, tmp_path, monkeypatch):
+    """Into the layout of its scripts, and into its classes as MONAI's configs name them."""
+    peers.narrow(monkeypatch, name)
+    originals = peers.write_maisi(tmp_path / "hub", name)
+    convert(name, tmp_path / "hub", tmp_path / "ours")
+    export("monai-weights", tmp_path / "ours", tmp_path / "back")
+    for part, original in zip(("vae", "unet"), originals, strict=True):
+        content = torch.load(tmp_path / f"back/{part}.pt", weights_only=True)
+        state = content if part == "vae" else content["unet_state_dict"]
+        assert_same_state(state, original.state_dict())
+        network = ConfigParser(json.loads((tmp_path / f"back/{part}.json").read_text())).get_parsed_content()
+        assert type(network) is type(original)
+        network.load_state_dict(state)
+    assert content["scale_factor"].item() == 1.25 and content["num_train_timesteps"] == 1000
+    license = (tmp_path / "back/README.md").read_text().partition("License of the weights: ")[2]
+    assert license.startswith("non-commercial research only" if name == "maisi-rflow-mr" else "see weights.md")
+
+
+def assert_same_state(found, expected) -> None:
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["nearest", "transposed", "context"])
+def test_weights_of_users_go_back_bit_for_bit(kind, tmp_path):
+    arguments = {"spatial_dims": 3, "in_channels": 2, "out_channels": 2, "num_res_blocks": 1, "channels": [8, 16]}
+    arguments |= {"attention_levels": [False, True], "norm_num_groups": 4}
+    if kind == "context":
+        arguments |= {"num_head_channels": 8, "with_conditioning": True, "cross_attention_dim": 4}
+        name, original, options = "monai-diffusion-unet", DiffusionModelUNet(**arguments), {}
+    else:
+        arguments |= {"use_convtranspose": kind == "transposed"}
+        name, original = "monai-autoencoderkl", AutoencoderKL(**arguments)
+        options = {"value_range": (0.0, 1.0), "scale_factor": 0.8}
+    torch.save(original.state_dict(), tmp_path / "file.pt")
+    (tmp_path / "network.json").write_text(json.dumps(arguments))
+    convert(name, tmp_path / "file.pt", tmp_path / "ours", network=tmp_path / "network.json", **options)
+    export("monai-weights", tmp_path / "ours", tmp_path / "back", license="CC-BY-4.0")
+    part = "unet" if kind == "context" else "vae"
+    again = tmp_path / f"back/{part}.pt", tmp_path / "again"
+    convert(name, *again, network=tmp_path / f"back/{part}.json", **options)
+    model = MonaiUNet3D.from_pretrained(again[1] / part) if part == "unet" else load_autoencoder(again[1])
+    assert_same_state(monai_state(type(original).__name__, model), original.state_dict())
+
+
+def test_networks_of_ours_have_no_class_of_monai(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=r"AutoencoderKL3D is not a network of MONAI.*--to torch-export"):
+        export("monai-weights", tmp_path / "pipeline", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--to torch-export", "required: --pipeline"),
+        ("--from maisi-rflow-ct", "required: --weights"),
+        ("--to torch-export --pipeline a --network b", "--network: belongs to --from"),
+        ("--from maisi-rflow-ct --weights a --pipeline b", "--pipeline: belongs to --to"),
+    ],
+)
+def test_options_of_the_other_direction_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse([*words.split(), "--output", "out"])
+    assert message in capsys.readouterr().err
