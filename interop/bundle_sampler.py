@@ -49,9 +49,7 @@ class MaskToVolume:
         padding = self._padding(indices.shape[1:])
         padded = F.pad(indices, padding, value=PADDING).to(self.device)
         volume = self.decoder(self.denoise(padded))[0].cpu().clamp(-1, 1)
-        (x, _), (y, _), (z, _) = starts = [padding[4:6], padding[2:4], padding[0:2]]
-        assert len(starts) == 3
-        nx, ny, nz = indices.shape[1:]
+        (x, y, z), (nx, ny, nz) = padding[4::-2], indices.shape[1:]
         volume = volume[:, x : x + nx, y : y + ny, z : z + nz]
         volume = torch.where(indices == PADDING, -1.0, volume)
         low, high = (torch.tensor(ends).view(-1, 1, 1, 1) for ends in zip(*self.settings["intensity"], strict=True))

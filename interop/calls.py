@@ -6,7 +6,6 @@ with guidance and its interval, are all a table of numbers, and one short loop r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
@@ -40,15 +39,13 @@ class SamplingTable(TypedDict):
     final: list[float]
 
 
-@dataclass(eq=False)
 class _Recorder(nn.Module):
     """A U-Net whose predictions are unit vectors, so that what it is called with shows the coefficients."""
 
-    takes_next_timestep: bool
-    calls: list[NetworkCall] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, takes_next_timestep: bool):
         super().__init__()
+        self.takes_next_timestep = takes_next_timestep
+        self.calls: list[NetworkCall] = []
 
     def forward(
         self, sample: Tensor, timestep: Tensor, mask: Tensor, next_timestep: Tensor | None = None, **_: object

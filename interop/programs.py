@@ -3,6 +3,9 @@
 A program takes any batch and any size of the grid: it is traced with symbolic sides, once.
 """
 
+import copy
+import inspect
+import math
 from typing import Any
 
 import torch
@@ -10,14 +13,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.layers import Stride
-from diffusion import LatentDenoiser, LatentUNet3D
+from autoencoder.layers import Stride, as_stride
+from diffusion import LatentDenoiser
 from diffusion.folding import fold_mask
 
 BATCH = Dim("batch")
-SIDES = [Dim(name) for name in ("h", "w", "d")]  # of the latents
-TRACED = (7, 6, 9)  # sides of the latents in the example that is traced; odd and even ones
+TRACED = (6, 5, 8)  # sides of the latents in the example that is traced, less the smallest; odd and even ones
 POINT: Stride = (1, 1, 1)
+DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # of torch.export: sides need not be proven to fit
 
 
 class Decoder(nn.Module):
@@ -78,47 +81,68 @@ class Denoiser(nn.Module):
 def export_decoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
     """Export the decoder: `program.module()(latents)`, see `Decoder`.
 
-    Raises: RuntimeError of torch for a network that it cannot export.
+    Raises: ValueError for a torch before 2.9, and for networks of MONAI, which torch traces for one size alone.
     """
-    latents = torch.zeros(2, vae.config["latent_channels"], *TRACED)
-    return _exported(Decoder(vae), {"latents": latents}, {"latents": _grid()})
+    grid = _Grid()
+    latents = torch.zeros(2, vae.config["latent_channels"], *grid.example())
+    return _exported(Decoder(vae), {"latents": latents}, {"latents": grid.sizes()})
 
 
 def export_encoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
     """Export the encoder: `program.module()(volume)`, see `Encoder`. Raises: as `export_decoder`."""
-    volume = torch.zeros(2, vae.config["in_channels"], *_voxels(vae.stride))
-    return _exported(Encoder(vae), {"volume": volume}, {"volume": _grid(vae.stride)})
+    grid = _Grid()
+    volume = torch.zeros(2, vae.config["in_channels"], *grid.example(vae.stride))
+    return _exported(Encoder(vae), {"volume": volume}, {"volume": grid.sizes(vae.stride)})
 
 
 def export_denoiser(unet: LatentDenoiser) -> ExportedProgram:
-    """Export the U-Net: `program.module()(sample, timestep, mask=...)`, see `Denoiser`. Raises: as `export_decoder`."""
-    schema, batch = unet.condition_schema, {0: BATCH}
-    given = {"sample": torch.zeros(2, unet.config["in_channels"], *TRACED), "timestep": torch.tensor([500.0, 20.0])}
-    dims: dict[str, object] = {"sample": _grid(), "timestep": batch}
+    """Export the U-Net: `program.module()(sample=..., timestep=..., mask=...)`, see `Denoiser`. Latents have sides of
+    two voxels or more on the coarsest level. Raises: as `export_decoder`.
+    """
+    schema, batch, grid = unet.condition_schema, {0: BATCH}, _Grid(smallest_side(unet))
+    latents = grid.example()
+    given = {"sample": torch.zeros(2, unet.config["in_channels"], *latents), "timestep": torch.tensor([500.0, 20.0])}
+    dims: dict[str, object] = {"sample": grid.sizes(), "timestep": batch}
     if schema.mask:
-        given["mask"] = torch.zeros(2, *_voxels(unet.mask_stride), dtype=torch.int64)
-        dims["mask"] = batch | {axis - 1: side for axis, side in _grid(unet.mask_stride).items() if axis}
+        given["mask"] = torch.zeros(2, *grid.example(unet.mask_stride), dtype=torch.int64)
+        dims["mask"] = grid.sizes(unet.mask_stride, first=1)
     if schema.classes:
         given["classes"], dims["classes"] = torch.zeros(2, len(schema.classes), dtype=torch.int64), batch
     if schema.numbers:
         given["numbers"], dims["numbers"] = torch.zeros(2, len(schema.numbers)), batch
     if schema.images:
-        given["image"], dims["image"] = torch.zeros(2, len(schema.image_columns), *TRACED), _grid()
-    if isinstance(unet, LatentUNet3D) and unet.takes_next_timestep:
+        given["image"], dims["image"] = torch.zeros(2, len(schema.image_columns), *latents), grid.sizes()
+    if unet.takes_next_timestep:
         given["next_timestep"], dims["next_timestep"] = torch.tensor([400.0, 0.0]), batch
     return _exported(Denoiser(unet), given, dims)
 
 
+def smallest_side(unet: LatentDenoiser) -> int:
+    """Return the smallest side of latents that a U-Net's program takes."""
+    steps = [as_stride(stride) for stride in unet.config["strides"]]
+    return max((math.prod(axis) for axis in zip(*steps, strict=True)), default=0) + 1
+
+
+class _Grid:
+    """Symbolic sides of latents, and of their voxels."""
+
+    def __init__(self, smallest: int = 1):
+        self.smallest = smallest
+        self.sides = [Dim(name, min=smallest) for name in ("h", "w", "d")]
+
+    def example(self, stride: Stride = POINT) -> list[int]:
+        """Return sides of the example, in voxels of which `stride` are one of the latents'."""
+        return [(side + self.smallest) * step for side, step in zip(TRACED, stride, strict=True)]
+
+    def sizes(self, stride: Stride = POINT, first: int = 2) -> dict[int, Any]:
+        """Return the symbolic sizes of a tensor whose sides begin at axis `first`."""
+        sides = [side if step == 1 else step * side for side, step in zip(self.sides, stride, strict=True)]
+        return {0: BATCH, **dict(enumerate(sides, start=first))}
+
+
 def _exported(network: nn.Module, given: dict[str, Tensor], dims: dict[str, object]) -> ExportedProgram:
+    if DEFERRED not in inspect.signature(torch.export.export).parameters:
+        raise ValueError(f"torch {torch.__version__} exports programs of one size only; update it to 2.9 or later")
+    plain = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)  # or loading warns
     with torch.no_grad():
-        return torch.export.export(network.eval(), (), given, dynamic_shapes=dims)
-
-
-def _voxels(stride: Stride) -> list[int]:
-    return [side * step for side, step in zip(TRACED, stride, strict=True)]
-
-
-def _grid(stride: Stride = POINT) -> dict[int, Any]:
-    """Return the symbolic sizes of (B, C, ...) on the grid of the latents, or on the one of their voxels."""
-    sides = [side if step == 1 else step * side for side, step in zip(SIDES, stride, strict=True)]
-    return {0: BATCH, **dict(enumerate(sides, start=2))}
+        return torch.export.export(plain, (), given, dynamic_shapes=dims, **{DEFERRED: True})
