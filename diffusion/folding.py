@@ -38,7 +38,11 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int, *, partial: bool 
             f"mask of {tuple(labels.shape[1:])} voxels: every side must be a multiple of the stride {stride}; pad it "
             "first"
         )
-    if not torch.compiler.is_exporting() and labels.numel() and (int(labels.min()) < (UNKNOWN if partial else PADDING) or int(labels.max()) >= num_labels):
+    if (
+        not torch.compiler.is_exporting()
+        and labels.numel()
+        and (int(labels.min()) < (UNKNOWN if partial else PADDING) or int(labels.max()) >= num_labels)
+    ):
         _refuse(labels, num_labels, partial)
     (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(labels.shape[1:], stride, strict=True))
     cells = labels.reshape(-1, nx, sx, ny, sy, nz, sz).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)

@@ -19,7 +19,7 @@ UNKNOWN = -2  # in a mask: the label is not known
 SPACING_TOLERANCE = 0.01  # relative
 
 
-def load_program(path: str, device: str) -> Any:
+def load_program(path: str, device: str = "cpu") -> Any:
     """Load a program of torch.export: a function of tensors on `device`."""
     program = torch.export.load(path)
     return (program if device == "cpu" else passes.move_to_device_pass(program, device)).module()

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.model import VolumeModel
 from diffusion import LatentDenoiser
 from files.atomic import atomic_folder
 from files.documents import FileError
@@ -20,7 +20,7 @@ from pipelines.storage.provenance import software
 
 from .bundle import write_bundle
 from .networks import arguments_of, monai_state, peer_name
-from .programs import export_decoder, export_denoiser, export_encoder
+from .programs import export_decoder, export_denoiser, export_encoder, smallest_side
 
 CARD = "weights.md"  # the pipeline's own README.md, which says how it was trained and whose data it saw
 SYNTHETIC = "Volumes that they generate are synthetic: for research, not for diagnosis."
@@ -39,16 +39,44 @@ With torch alone:
     program = torch.export.load("decoder.pt2").module()
     volume = program(latents)
 
-{signatures}
+{programs}
+
 Batches and sides may be of any size. Load programs only from people whom you trust."""
-SIGNATURES = {
-    "decoder": "- `decoder(latents)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) "
-    "in [-1, 1], not clamped; {stride} voxels per latent voxel.",
-    "encoder": "- `encoder(volume)`: volumes, padded to multiples of {stride}, to mean and standard deviation of the "
-    "standardized latents.",
-    "unet": "- `unet(sample=..., timestep=..., {conditions})`: noisy latents and timesteps (B,) to the prediction of "
-    "{objective}.",
-}
+OF_AUTOENCODER = """\
+- `decoder(latents)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) in [-1, 1],
+  not clamped; {stride} voxels per latent voxel.
+- `encoder(volume)`: volumes whose sides are multiples of that to mean and standard deviation of the latents."""
+OF_UNET = """\
+- `unet(sample=..., timestep=...{conditions})`: noisy latents (B, {channels}, h, w, d) with sides of {side} or more,
+  and timesteps (B,), to what the U-Net predicts ({objective})."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a folder has: autoencoder, U-Net, or both."""
+
+    vae: VolumeAutoencoder[Any] | None
+    unet: LatentDenoiser | None
+
+    @classmethod
+    def load(cls, folder: Path) -> "Networks":
+        """Load what is in vae/ and unet/. Raises: FileError if neither is there."""
+        has = {part: (folder / part / "config.json").is_file() for part in ("vae", "unet")}
+        if not any(has.values()):
+            raise FileError(
+                f"{folder}: has neither vae/config.json nor unet/config.json; give the folder of a pipeline"
+            )
+        return cls(load_autoencoder(folder) if has["vae"] else None, load_unet(folder) if has["unet"] else None)
+
+    def license(self, given: str | None, folder: Path) -> str:
+        """Return the license of the weights: that of a config, or the one that was given, or where to look for it.
+
+        Raises: ValueError if both are there, and differ.
+        """
+        own = next((text for model in (self.vae, self.unet) if model and (text := model.config.get("license"))), None)
+        if own and given and own != given:
+            raise ValueError(f"--license: the license of these weights is {own}; omit it")
+        return own or given or (f"see {CARD}" if (folder / "README.md").is_file() else UNKNOWN_LICENSE)
 
 
 def export(target: str, pipeline: Path, output: Path, license: str | None = None) -> list[str]:
@@ -62,22 +90,18 @@ def export(target: str, pipeline: Path, output: Path, license: str | None = None
     Returns: what the folder does not have of the pipeline, a sentence each.
     Raises: ValueError naming what cannot be written so.
     """
-    folder = Path(expand_path(str(pipeline)))
+    folder, notes = Path(expand_path(str(pipeline))), []
     if output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output}: holds files already; give a new folder")
-    if target == "monai-bundle":
-        pipe = MedVolumePipeline.from_pretrained(folder)
-        networks: dict[str, VolumeModel] = {"vae": pipe.vae, "unet": pipe.unet}
-    else:
-        pipe, networks = None, _networks(folder)
-    license = _license(networks.values(), license, folder)
+    pipe = MedVolumePipeline.from_pretrained(folder) if target == "monai-bundle" else None
+    networks = Networks.load(folder) if pipe is None else Networks(pipe.vae, pipe.unet)
+    license = networks.license(license, folder)
     with atomic_folder(output) as unfinished:
         if pipe is not None:
             text, notes = RUN, write_bundle(pipe, unfinished, license)
         else:
-            write = write_weights if target == "monai-weights" else write_programs
-            text, notes = write(networks, unfinished)
-        docs = unfinished / "docs" if pipe is not None else unfinished
+            text = (write_weights if target == "monai-weights" else write_programs)(networks, unfinished)
+        docs = unfinished if pipe is None else unfinished / "docs"
         docs.mkdir(exist_ok=True)
         if (folder / "README.md").is_file():
             shutil.copyfile(folder / "README.md", docs / CARD)
@@ -85,67 +109,55 @@ def export(target: str, pipeline: Path, output: Path, license: str | None = None
     return notes
 
 
-def write_programs(networks: Mapping[str, VolumeModel], folder: Path) -> tuple[str, list[str]]:
-    """Write decoder.pt2, encoder.pt2 and unet.pt2, of those that are there. Returns: how to use them, and notes."""
-    vae, unet = networks.get("vae"), networks.get("unet")
-    exports: dict[str, Callable[[], ExportedProgram]] = {}
-    values: dict[str, object] = {}
-    if vae is not None:
-        exports |= {"decoder": lambda: export_decoder(vae), "encoder": lambda: export_encoder(vae)}
-        values |= {"latents": vae.config["latent_channels"], "channels": vae.config["out_channels"]}
-        values["stride"] = " x ".join(map(str, vae.stride))
-    if unet is not None:
-        exports["unet"] = lambda: export_denoiser(unet)
-        values |= {"conditions": _conditions(unet), "objective": unet.config["objective"]}
-    for name, make in exports.items():
-        torch.export.save(make(), folder / f"{name}.pt2")
-    signatures = [SIGNATURES[name].format(**values) for name in exports]
-    return LOAD.format(signatures="\n".join(signatures)), []
+def write_programs(networks: Networks, folder: Path) -> str:
+    """Write decoder.pt2, encoder.pt2 and unet.pt2, of those that are there. Returns: how to use them."""
+    lines = []
+    if (vae := networks.vae) is not None:
+        torch.export.save(export_decoder(vae), folder / "decoder.pt2")
+        torch.export.save(export_encoder(vae), folder / "encoder.pt2")
+        values = {"latents": vae.config["latent_channels"], "channels": vae.config["out_channels"]}
+        lines.append(OF_AUTOENCODER.format(**values, stride=" x ".join(map(str, vae.stride))))
+    if (unet := networks.unet) is not None:
+        torch.export.save(export_denoiser(unet), folder / "unet.pt2")
+        values = {"conditions": _conditions(unet), "objective": unet.config["objective"]}
+        lines.append(OF_UNET.format(**values, channels=unet.config["in_channels"], side=smallest_side(unet)))
+    return LOAD.format(programs="\n".join(lines))
 
 
-def write_weights(networks: Mapping[str, VolumeModel], folder: Path) -> tuple[str, list[str]]:
-    """Write the weights of MONAI's classes, under MONAI's names, and their arguments.
+def write_weights(networks: Networks, folder: Path) -> str:
+    """Write the weights of MONAI's classes, under MONAI's names, and their arguments. Returns: how to use them.
 
     Files are laid out as MAISI's scripts write them: vae.pt is a bare state dict, unet.pt has it as unet_state_dict,
     beside scale_factor and num_train_timesteps.
 
-    Returns: how to use them, and notes. Raises: ValueError for a network that is not MONAI's.
+    Raises: ValueError for a network that is not MONAI's.
     """
-    names = {part: peer_name(model) for part, model in networks.items()}
     lines = ["| file | class of MONAI | arguments |", "|---|---|---|"]
-    for part, model in networks.items():
-        state = monai_state(names[part], model)
-        if part == "unet":
-            content = {"unet_state_dict": state, "num_train_timesteps": model.train_steps}
-            content |= {} if "vae" not in networks else {"scale_factor": _scale_factor(networks["vae"])}
-        else:
-            content = state
+    for part, model in {"vae": networks.vae, "unet": networks.unet}.items():
+        if model is None:
+            continue
+        name = peer_name(model)
+        content: dict[str, object] = dict(monai_state(name, model))
+        if isinstance(model, LatentDenoiser):
+            content = {"unet_state_dict": content, "num_train_timesteps": model.train_steps}
+            content |= {} if networks.vae is None else {"scale_factor": _scale_factor(networks.vae)}
         torch.save(content, folder / f"{part}.pt")
-        arguments = arguments_of(names[part], model.config)
+        arguments = arguments_of(name, model.config)
         (folder / f"{part}.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
         lines.append(f"| {part}.pt | {arguments['_target_']} | {part}.json |")
-    return "\n".join(lines), []
+    return "\n".join(lines)
 
 
-def _networks(folder: Path) -> dict[str, VolumeModel]:
-    """Load what a folder has of autoencoder and U-Net. Raises: FileError if it has neither."""
-    loaders = {"vae": load_autoencoder, "unet": load_unet}
-    networks = {part: load(folder) for part, load in loaders.items() if (folder / part / "config.json").is_file()}
-    if not networks:
-        raise FileError(f"{folder}: has neither vae/config.json nor unet/config.json; give the folder of a pipeline")
-    return networks
-
-
-def _scale_factor(vae: VolumeModel) -> torch.Tensor:
+def _scale_factor(vae: VolumeAutoencoder[Any]) -> torch.Tensor:
     """Return what MONAI multiplies latents by. Raises: ValueError for statistics that no single factor expresses."""
     mean, std = vae.config["latents_mean"], vae.config["latents_std"]
     if any(mean) or len(set(std)) > 1:
-        raise ValueError("vae: its latent statistics differ by channel or have a mean, which MONAI's scale_factor cannot say")
+        raise ValueError("vae: its latent statistics are not one factor for all channels, which is all that MONAI has")
     return torch.tensor(1 / std[0])
 
 
 def _conditions(unet: LatentDenoiser) -> str:
-    """Return the keywords of a U-Net's program, with what they are."""
+    """Return the keywords of a U-Net's program beside sample and timestep, with what they are."""
     schema = unet.condition_schema
     found = {
         "mask=label indices (B, X, Y, Z), -1 outside the field of view": schema.mask,
@@ -154,18 +166,7 @@ def _conditions(unet: LatentDenoiser) -> str:
         f"image=latents (B, {len(schema.image_columns)}, h, w, d)": schema.images,
         "next_timestep=(B,)": unet.takes_next_timestep,
     }
-    return ", ".join(text for text, given in found.items() if given)
-
-
-def _license(networks: Iterable[VolumeModel], given: str | None, folder: Path) -> str:
-    """Return the license of the weights: the config's, or the one that was given, or where to look for it.
-
-    Raises: ValueError if both are there, and differ.
-    """
-    own = next((text for model in networks if (text := model.config.get("license"))), None)
-    if own and given and own != given:
-        raise ValueError(f"--license: the license of these weights is {own}; omit it")
-    return own or given or (f"see {CARD}" if (folder / "README.md").is_file() else UNKNOWN_LICENSE)
+    return "".join(f", {text}" for text, given in found.items() if given)
 
 
 def _readme(name: str, text: str, license: str, notes: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
-"""The formats that can be converted: which files, which classes of MONAI with which arguments, whose license. And
-those that can be written.
+"""The formats that are read: which files, which classes of MONAI with which arguments, whose license.
+
+And the names of those that are written.
 
 Facts of MAISI are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0). The files themselves could
 not be had where this was written; their layout is that of the scripts that wrote them.

@@ -212,9 +212,7 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
 
 
 def peer_name(model: VolumeModel) -> str:
-    """Return the class of MONAI whose weights a model of ours holds. Raises: ValueError for a network that is not
-    MONAI's.
-    """
+    """Return the class of MONAI whose weights a model of ours holds. Raises: ValueError if there is none."""
     config = model.config
     if isinstance(model, MonaiAutoencoderKL):
         return "AutoencoderKlMaisi" if config["upsampling"] == "trilinear" else "AutoencoderKL"
@@ -225,8 +223,9 @@ def peer_name(model: VolumeModel) -> str:
 
 
 def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, object]:
-    """Return the arguments of MONAI's class for the config of ours, the inverse of `config_of`. `_target_` says which
-    class it is, as MONAI's configs do.
+    """Return the arguments of MONAI's class for the config of ours: the inverse of `config_of`.
+
+    `_target_` says which class it is, as MONAI's configs do.
     """
     peer = PEERS[name]
     widths = {"channels", "num_channels"} - {"num_channels" if peer.path.startswith("monai.networks") else "channels"}

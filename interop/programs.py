@@ -96,8 +96,11 @@ def export_encoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
 
 
 def export_denoiser(unet: LatentDenoiser) -> ExportedProgram:
-    """Export the U-Net: `program.module()(sample=..., timestep=..., mask=...)`, see `Denoiser`. Latents have sides of
-    two voxels or more on the coarsest level. Raises: as `export_decoder`.
+    """Export the U-Net: `program.module()(sample=..., timestep=..., mask=...)`, see `Denoiser`.
+
+    Sides of the latents are `smallest_side` or more, which is two voxels on the coarsest level.
+
+    Raises: as `export_decoder`.
     """
     schema, batch, grid = unet.condition_schema, {0: BATCH}, _Grid(smallest_side(unet))
     latents = grid.example()

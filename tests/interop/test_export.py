@@ -16,20 +16,22 @@ from monai.networks.nets.autoencoderkl import AutoencoderKL
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from tiny import mask_image, tiny_pipeline
 
+from autoencoder import AutoencoderKL3D
 from convert import main as command
 from convert import parse
 from diffusion import MonaiUNet3D, make_scheduler
-from interop.bundle import _sampling, write_bundle
-from interop.bundle_sampler import MaskToVolume
+from interop.bundle import INFERENCE, _left_out, _metadata, _sampling, write_bundle
+from interop.bundle_sampler import MaskToVolume, load_program
 from interop.convert import convert
 from interop.export import export
 from interop.networks import monai_state
-from interop.programs import Denoiser, export_denoiser
-from pipelines import MedVolumePipeline, SamplingSettings
+from interop.programs import Decoder, Denoiser
+from pipelines import SamplingSettings
 from pipelines.storage.loading import load_autoencoder
 
 TOLERANCE = 1e-5  # of the range
 OURS = "autoencoder cli diffusion files interop medvolume pipelines training volumes".split()
+TWO = [{"kind": "window", "low": -100.0, "high": 300.0}] * 2  # scales of two channels
 PROGRAMS = """
 import sys, torch
 given = torch.load("given.pt")
@@ -62,16 +64,66 @@ def guided_pipeline(name: str | None = "UniPCMultistepScheduler", objective: str
     return pipe
 
 
+def write_mask(folder: Path) -> Path:
+    """Write a mask with voxels outside the field of view, on a grid that is neither RAS nor a multiple of the stride."""
+    affine = np.array([[0.0, -1.0, 0.0, 10.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 1.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+    labels = np.asarray(mask_image((10, 13, 16)).dataobj).copy()
+    labels[:2] = -1
+    nib.save(nib.Nifti1Image(labels, affine), folder / "mask.nii.gz")
+    return folder / "mask.nii.gz"
+
+
+def assert_volume_of_seed(path: Path, pipe, mask: Path, seed: int) -> None:
+    """The file holds the pipeline's own volume, on the mask's grid."""
+    made = nib.load(path)
+    call = {"generator": [torch.Generator().manual_seed(seed)], "residual_noise": False}
+    expected = pipe(mask=mask, **call).volumes[0]
+    assert np.array_equal(made.affine, expected.affine)
+    assert_equal(torch.from_numpy(made.get_fdata()), torch.from_numpy(expected.get_fdata()))
+
+
+def test_a_bundle_generates_what_the_pipeline_generates(tmp_path):
+    """Its config and its sampler; the networks are not exported here."""
+    pipe = guided_pipeline()
+    mask = write_mask(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/sampling.json").write_text(json.dumps(_sampling(pipe)))
+    config = {**INFERENCE, "bundle_root": str(tmp_path), "mask": str(mask), "seed": 7}
+    config |= {"unet": Denoiser(pipe.unet), "decoder": Decoder(pipe.vae)}
+    config["network"] = {**INFERENCE["network"], "_target_": "interop.bundle_sampler.MaskToVolume"}
+    ConfigParser(config).get_parsed_content("run")
+    assert_volume_of_seed(tmp_path / "out/mask_synthetic.nii.gz", pipe, mask, seed=7)
+
+
+def test_a_program_takes_other_sizes_than_its_example(tmp_path):
+    """The smallest autoencoder, for export takes seconds a layer; the slow tests have whole pipelines."""
+    vae = AutoencoderKL3D(channels=(4,), strides=(), patch_size=2, encoder_blocks=(0,), decoder_blocks=(0,))
+    vae.set_latent_statistics([0.5, 0.0, -0.5, 1.0], [1.0, 2.0, 3.0, 4.0])
+    vae.eval().save_pretrained(tmp_path / "pipeline/vae")
+    command(["--to", "torch-export", "--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "out")])
+    latents, volume = torch.randn(1, 4, 2, 5, 3), torch.randn(3, 1, 8, 4, 10)
+    with torch.no_grad():
+        assert_equal(load_program(tmp_path / "out/decoder.pt2")(latents), vae.decode(latents).sample)
+        mean, std = load_program(tmp_path / "out/encoder.pt2")(volume)
+        posterior = vae.encode(volume).latent_dist
+    assert_equal(mean, posterior.mean)
+    assert_equal(std, posterior.std)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "synthetic" in text and "`decoder(latents)`" in text and "unknown: ask" in text
+
+
+@pytest.mark.slow
 def test_our_packages_cannot_be_imported_elsewhere(tmp_path):
     code = f"import importlib, torch\nfor name in {OURS!r}:\n try: importlib.import_module(name)\n except ImportError: "
     run_elsewhere(tmp_path / "site", tmp_path, "-c", code + "continue\n raise SystemExit(name)")
 
 
+@pytest.mark.slow
 def test_programs_run_with_torch_alone(tmp_path):
     """On shapes and batches other than those that were traced, odd sides of the latents included."""
-    pipe, given, expected = guided_pipeline(), {}, {}
+    pipe, given = guided_pipeline(), {}
     pipe.save_pretrained(tmp_path / "pipeline")
-    command(["--to", "torch-export", "--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "out")])
+    export("torch-export", tmp_path / "pipeline", tmp_path / "out")
     noisy, mask = torch.randn(3, 4, 5, 3, 8), torch.randint(-1, 3, (3, 20, 12, 32))
     given["unet"] = {"sample": noisy, "timestep": torch.tensor([999.0, 1.0, 430.0]), "mask": mask}
     given["decoder"], given["encoder"] = {"latents": noisy[:1]}, {"volume": torch.randn(1, 1, 8, 12, 20)}
@@ -79,38 +131,22 @@ def test_programs_run_with_torch_alone(tmp_path):
     run_elsewhere(tmp_path / "site", tmp_path / "out", "-c", PROGRAMS)
     made = torch.load(tmp_path / "out/made.pt")
     with torch.no_grad():
-        expected["unet"] = Denoiser(pipe.unet)(**given["unet"])
-        expected["decoder"] = pipe.vae.decode(noisy[:1]).sample
-        posterior = pipe.vae.encode(given["encoder"]["volume"]).latent_dist
-    assert_equal(made["unet"], expected["unet"])
-    assert_equal(made["decoder"], expected["decoder"])
-    assert_equal(made["encoder"][0], posterior.mean)
-    assert_equal(made["encoder"][1], posterior.std)
-    text = (tmp_path / "out/README.md").read_text()
-    assert "synthetic" in text and "mask=label indices" in text and "unknown: ask" in text
+        assert_equal(made["unet"], Denoiser(pipe.unet)(**given["unet"]))
+        assert_equal(made["decoder"], pipe.vae.decode(noisy[:1]).sample)
+        assert_equal(made["encoder"][0], pipe.vae.encode(given["encoder"]["volume"]).latent_dist.mean)
+    assert "mask=label indices" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_bundle_generates_with_monai_alone(tmp_path):
-    """The pipeline's own volume of the seed, on a grid that is neither RAS nor a multiple of the stride."""
     pipe = guided_pipeline()
     pipe.save_pretrained(tmp_path / "pipeline")
-    folder = tmp_path / "out"
+    mask, folder = write_mask(tmp_path), tmp_path / "out"
     command(["--to", "monai-bundle", "--pipeline", str(tmp_path / "pipeline"), "--output", str(folder)])
-    affine = np.array([[0.0, -1.0, 0.0, 10.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 1.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
-    image = mask_image((10, 13, 16), affine)
-    labels = np.asarray(image.dataobj).copy()
-    labels[:2] = -1  # outside the field of view
-    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "mask.nii.gz")
-    words = f"-m monai.bundle run --config_file configs/inference.json --mask {tmp_path}/mask.nii.gz --seed 7"
+    words = f"-m monai.bundle run --config_file configs/inference.json --mask {mask} --output_dir made --seed 7"
     run_elsewhere(tmp_path / "site", folder, *words.split())
-    made = nib.load(folder / "out/mask_synthetic.nii.gz")
-    call = {"generator": [torch.Generator().manual_seed(7)], "residual_noise": False}
-    expected = pipe(mask=tmp_path / "mask.nii.gz", **call).volumes[0]
-    assert np.array_equal(made.affine, expected.affine)
-    assert_equal(torch.from_numpy(made.get_fdata()), torch.from_numpy(expected.get_fdata()))
-    metadata = json.loads((folder / "configs/metadata.json").read_text())
-    assert metadata["synthetic"] and metadata["model"] == pipe.model_hash
-    assert metadata["sampler"].startswith("UniPCMultistepScheduler, as a table of 6 calls")
+    assert_volume_of_seed(folder / "made/mask_synthetic.nii.gz", pipe, mask, seed=7)
+    assert "From this folder, with MONAI" in (folder / "docs/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -161,17 +197,15 @@ def test_pipelines_that_no_bundle_expresses_are_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-SCALE = {"kind": "window", "low": -100.0, "high": 300.0}
-TWO = [SCALE, SCALE]
-
-
-def test_a_bundle_says_what_it_leaves_out(tmp_path):
+def test_a_bundle_says_what_it_leaves_out():
     pipe = guided_pipeline()
-    pipe.sampling_settings = SamplingSettings(2, guidance_without={"anterior": "background"})
-    notes = write_bundle(pipe, tmp_path, "CC-BY-4.0")
+    pipe.sampling_settings = SamplingSettings(4, 2.0, (0.2, 0.8), guidance_without={"anterior": "background"})
+    notes = _left_out(pipe)
     assert notes == ["Guidance by labels is left out (as guidance_without={})."]
-    metadata = json.loads((tmp_path / "configs/metadata.json").read_text())
+    metadata = _metadata(pipe, _sampling(pipe), "CC-BY-4.0", notes)
     assert metadata["not_in_this_bundle"] == notes and metadata["license"] == "CC-BY-4.0"
+    assert metadata["synthetic"] and metadata["model"] == pipe.model_hash
+    assert metadata["sampler"].startswith("UniPCMultistepScheduler, as a table of 6 calls")
 
 
 def test_masks_that_the_model_does_not_know_are_refused(tmp_path):
