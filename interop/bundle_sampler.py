@@ -48,7 +48,7 @@ class MaskToVolume:
         indices = self._indices(mask)
         padding = self._padding(indices.shape[1:])
         padded = F.pad(indices, padding, value=PADDING).to(self.device)
-        volume = self.decoder(self.denoise(padded))[0].cpu().clamp(-1, 1)
+        volume = self.decoder(latents=self.denoise(padded))[0].cpu().clamp(-1, 1)
         (x, y, z), (nx, ny, nz) = padding[4::-2], indices.shape[1:]
         volume = volume[:, x : x + nx, y : y + ny, z : z + nz]
         volume = torch.where(indices == PADDING, -1.0, volume)

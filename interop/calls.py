@@ -50,18 +50,19 @@ class _Recorder(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, mask: Tensor, next_timestep: Tensor | None = None, **_: object
     ) -> tuple[Tensor]:
-        """Note the call. Returns the unit vector of its number."""
-        self.calls.append(
-            {
-                "coefficients": _numbers(sample, len(self.calls) + 1),
-                "timestep": float(timestep),
-                "next_timestep": None if next_timestep is None else float(next_timestep),
-                "mask": bool(mask.item() != ABSENT["mask"]),
-            }
-        )
-        prediction = torch.zeros_like(sample)
-        prediction[:, len(self.calls)] = 1
-        return (prediction,)
+        """Note a call for each sample of the batch, which guidance makes. Returns the unit vectors of their numbers."""
+        predictions = torch.zeros_like(sample)
+        for row, given, prediction in zip(sample, mask, predictions, strict=True):
+            self.calls.append(
+                {
+                    "coefficients": _numbers(row, len(self.calls) + 1),
+                    "timestep": float(timestep),
+                    "next_timestep": None if next_timestep is None else float(next_timestep),
+                    "mask": bool(given != ABSENT["mask"]),
+                }
+            )
+            prediction[len(self.calls)] = 1
+        return (predictions,)
 
 
 class _Replay(nn.Module):
@@ -71,9 +72,9 @@ class _Replay(nn.Module):
         super().__init__()
         self.predictions, self.takes_next_timestep = iter(predictions), takes_next_timestep
 
-    def forward(self, *_: object, **__: object) -> tuple[Tensor]:
-        """Return the next one."""
-        return (next(self.predictions),)
+    def forward(self, sample: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+        """Return the next ones, one for each sample of the batch."""
+        return (torch.cat([next(self.predictions) for _ in sample]),)
 
 
 def sampling_table(

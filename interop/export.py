@@ -26,7 +26,7 @@ CARD = "weights.md"  # the pipeline's own README.md, which says how it was train
 SYNTHETIC = "Volumes that they generate are synthetic: for research, not for diagnosis."
 UNKNOWN_LICENSE = "unknown: ask whoever trained them before you share them"
 RUN = """\
-From this folder, with MONAI and nibabel:
+From the folder of the bundle, with MONAI and nibabel:
 
     python -m monai.bundle run --config_file configs/inference.json --mask MASK.nii.gz --output_dir out --seed 0
 
@@ -37,15 +37,15 @@ LOAD = """\
 With torch alone:
 
     program = torch.export.load("decoder.pt2").module()
-    volume = program(latents)
+    volume = program(latents=latents)
 
 {programs}
 
 Batches and sides may be of any size. Load programs only from people whom you trust."""
 OF_AUTOENCODER = """\
-- `decoder(latents)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) in [-1, 1],
+- `decoder(latents=...)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) in [-1, 1],
   not clamped; {stride} voxels per latent voxel.
-- `encoder(volume)`: volumes whose sides are multiples of that to mean and standard deviation of the latents."""
+- `encoder(volume=...)`: volumes whose sides are multiples of that to mean and standard deviation of the latents."""
 OF_UNET = """\
 - `unet(sample=..., timestep=...{conditions})`: noisy latents (B, {channels}, h, w, d) with sides of {side} or more,
   and timesteps (B,), to what the U-Net predicts ({objective})."""

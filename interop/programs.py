@@ -79,9 +79,9 @@ class Denoiser(nn.Module):
 
 
 def export_decoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
-    """Export the decoder: `program.module()(latents)`, see `Decoder`.
+    """Export the decoder: `program.module()(latents=...)`, see `Decoder`.
 
-    Raises: ValueError for a torch before 2.9, and for networks of MONAI, which torch traces for one size alone.
+    Raises: ValueError for a torch before 2.9.
     """
     grid = _Grid()
     latents = torch.zeros(2, vae.config["latent_channels"], *grid.example())
@@ -89,7 +89,7 @@ def export_decoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
 
 
 def export_encoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
-    """Export the encoder: `program.module()(volume)`, see `Encoder`. Raises: as `export_decoder`."""
+    """Export the encoder: `program.module()(volume=...)`, see `Encoder`. Raises: as `export_decoder`."""
     grid = _Grid()
     volume = torch.zeros(2, vae.config["in_channels"], *grid.example(vae.stride))
     return _exported(Encoder(vae), {"volume": volume}, {"volume": grid.sizes(vae.stride)})
@@ -122,7 +122,7 @@ def export_denoiser(unet: LatentDenoiser) -> ExportedProgram:
 
 def smallest_side(unet: LatentDenoiser) -> int:
     """Return the smallest side of latents that a U-Net's program takes."""
-    steps = [as_stride(stride) for stride in unet.config["strides"]]
+    steps = [as_stride(stride) for stride in unet.config.get("strides", [unet.stride])]
     return max((math.prod(axis) for axis in zip(*steps, strict=True)), default=0) + 1
 
 
@@ -146,6 +146,9 @@ class _Grid:
 def _exported(network: nn.Module, given: dict[str, Tensor], dims: dict[str, object]) -> ExportedProgram:
     if DEFERRED not in inspect.signature(torch.export.export).parameters:
         raise ValueError(f"torch {torch.__version__} exports programs of one size only; update it to 2.9 or later")
-    plain = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)  # or loading warns
+    plain = copy.deepcopy(network).eval()
+    plain.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # or loading warns
     with torch.no_grad():
-        return torch.export.export(plain, (), given, dynamic_shapes=dims, **{DEFERRED: True})
+        return torch.export.export(
+            plain, (), given, dynamic_shapes=dims, prefer_deferred_runtime_asserts_over_guards=True
+        )
