@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentDenoiser
+from diffusion import LatentDenoiser, MonaiUNet3D
 from files.atomic import atomic_folder
 from files.documents import FileError
 from files.shipped import expand_path
@@ -41,14 +41,14 @@ With torch alone:
 
 {programs}
 
-Batches and sides may be of any size. Load programs only from people whom you trust."""
+B and sides may be of any size. Load programs only from people whom you trust."""
 OF_AUTOENCODER = """\
 - `decoder(latents=...)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) in [-1, 1],
   not clamped; {stride} voxels per latent voxel.
 - `encoder(volume=...)`: volumes whose sides are multiples of that to mean and standard deviation of the latents."""
 OF_UNET = """\
-- `unet(sample=..., timestep=...{conditions})`: noisy latents (B, {channels}, h, w, d) with sides of {side} or more,
-  and timesteps (B,), to what the U-Net predicts ({objective})."""
+- `unet(sample=..., timestep=...{conditions})`: noisy latents ({batch}, {channels}, h, w, d) with sides of {side}
+  or more, and timesteps ({batch},), to what the U-Net predicts ({objective})."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ def write_programs(networks: Networks, folder: Path) -> str:
         lines.append(OF_AUTOENCODER.format(**values, stride=" x ".join(map(str, vae.stride))))
     if (unet := networks.unet) is not None:
         torch.export.save(export_denoiser(unet), folder / "unet.pt2")
-        values = {"conditions": _conditions(unet), "objective": unet.config["objective"]}
-        lines.append(OF_UNET.format(**values, channels=unet.config["in_channels"], side=smallest_side(unet)))
+        values = {"conditions": _conditions(unet), "objective": unet.config["objective"], "side": smallest_side(unet)}
+        values["batch"] = 1 if isinstance(unet, MonaiUNet3D) else "B"
+        lines.append(OF_UNET.format(**values, channels=unet.config["in_channels"]))
     return LOAD.format(programs="\n".join(lines))
 
 

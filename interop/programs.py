@@ -1,6 +1,7 @@
 """Networks as programs that torch runs without any of our code (torch.export). Axes: (B, C, X, Y, Z).
 
-A program takes any batch and any size of the grid: it is traced with symbolic sides, once.
+A program takes any size of the grid, and any batch, but that of MONAI's U-Net takes one volume at a time: it is traced
+with symbolic sizes, once.
 """
 
 import copy
@@ -14,10 +15,9 @@ from torch.export import Dim, ExportedProgram
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import Stride, as_stride
-from diffusion import LatentDenoiser
+from diffusion import LatentDenoiser, MonaiUNet3D
 from diffusion.folding import fold_mask
 
-BATCH = Dim("batch")
 TRACED = (6, 5, 8)  # sides of the latents in the example that is traced, less the smallest; odd and even ones
 POINT: Stride = (1, 1, 1)
 DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # of torch.export: sides need not be proven to fit
@@ -84,14 +84,14 @@ def export_decoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
     Raises: ValueError for a torch before 2.9.
     """
     grid = _Grid()
-    latents = torch.zeros(2, vae.config["latent_channels"], *grid.example())
+    latents = torch.zeros(grid.batch, vae.config["latent_channels"], *grid.example())
     return _exported(Decoder(vae), {"latents": latents}, {"latents": grid.sizes()})
 
 
 def export_encoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
     """Export the encoder: `program.module()(volume=...)`, see `Encoder`. Raises: as `export_decoder`."""
     grid = _Grid()
-    volume = torch.zeros(2, vae.config["in_channels"], *grid.example(vae.stride))
+    volume = torch.zeros(grid.batch, vae.config["in_channels"], *grid.example(vae.stride))
     return _exported(Encoder(vae), {"volume": volume}, {"volume": grid.sizes(vae.stride)})
 
 
@@ -102,21 +102,24 @@ def export_denoiser(unet: LatentDenoiser) -> ExportedProgram:
 
     Raises: as `export_decoder`.
     """
-    schema, batch, grid = unet.condition_schema, {0: BATCH}, _Grid(smallest_side(unet))
-    latents = grid.example()
-    given = {"sample": torch.zeros(2, unet.config["in_channels"], *latents), "timestep": torch.tensor([500.0, 20.0])}
+    schema, grid = unet.condition_schema, _Grid(smallest_side(unet), batch=1 if isinstance(unet, MonaiUNet3D) else 2)
+    batch, latents = grid.batches, grid.example()
+    given = {
+        "sample": torch.zeros(grid.batch, unet.config["in_channels"], *latents),
+        "timestep": torch.full((grid.batch,), 500.0),
+    }
     dims: dict[str, object] = {"sample": grid.sizes(), "timestep": batch}
     if schema.mask:
-        given["mask"] = torch.zeros(2, *grid.example(unet.mask_stride), dtype=torch.int64)
+        given["mask"] = torch.zeros(grid.batch, *grid.example(unet.mask_stride), dtype=torch.int64)
         dims["mask"] = grid.sizes(unet.mask_stride, first=1)
     if schema.classes:
-        given["classes"], dims["classes"] = torch.zeros(2, len(schema.classes), dtype=torch.int64), batch
+        given["classes"], dims["classes"] = torch.zeros(grid.batch, len(schema.classes), dtype=torch.int64), batch
     if schema.numbers:
-        given["numbers"], dims["numbers"] = torch.zeros(2, len(schema.numbers)), batch
+        given["numbers"], dims["numbers"] = torch.zeros(grid.batch, len(schema.numbers)), batch
     if schema.images:
-        given["image"], dims["image"] = torch.zeros(2, len(schema.image_columns), *latents), grid.sizes()
+        given["image"], dims["image"] = torch.zeros(grid.batch, len(schema.image_columns), *latents), grid.sizes()
     if unet.takes_next_timestep:
-        given["next_timestep"], dims["next_timestep"] = torch.tensor([400.0, 0.0]), batch
+        given["next_timestep"], dims["next_timestep"] = torch.full((grid.batch,), 400.0), batch
     return _exported(Denoiser(unet), given, dims)
 
 
@@ -127,11 +130,12 @@ def smallest_side(unet: LatentDenoiser) -> int:
 
 
 class _Grid:
-    """Symbolic sides of latents, and of their voxels."""
+    """Symbolic sides of latents, and of their voxels. A batch of one stays one; another is symbolic, too."""
 
-    def __init__(self, smallest: int = 1):
-        self.smallest = smallest
+    def __init__(self, smallest: int = 1, batch: int = 2):
+        self.smallest, self.batch = smallest, batch
         self.sides = [Dim(name, min=smallest) for name in ("h", "w", "d")]
+        self.batches = {} if batch == 1 else {0: Dim("batch")}
 
     def example(self, stride: Stride = POINT) -> list[int]:
         """Return sides of the example, in voxels of which `stride` are one of the latents'."""
@@ -140,7 +144,7 @@ class _Grid:
     def sizes(self, stride: Stride = POINT, first: int = 2) -> dict[int, Any]:
         """Return the symbolic sizes of a tensor whose sides begin at axis `first`."""
         sides = [side if step == 1 else step * side for side, step in zip(self.sides, stride, strict=True)]
-        return {0: BATCH, **dict(enumerate(sides, start=first))}
+        return {**self.batches, **dict(enumerate(sides, start=first))}
 
 
 def _exported(network: nn.Module, given: dict[str, Tensor], dims: dict[str, object]) -> ExportedProgram:

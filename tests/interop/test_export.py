@@ -25,7 +25,7 @@ from interop.bundle_sampler import MaskToVolume, load_program
 from interop.convert import convert
 from interop.export import export
 from interop.networks import monai_state
-from interop.programs import Decoder, Denoiser
+from interop.programs import Decoder, Denoiser, export_denoiser
 from pipelines import SamplingSettings
 from pipelines.storage.loading import load_autoencoder
 
@@ -97,7 +97,7 @@ def test_a_bundle_generates_what_the_pipeline_generates(tmp_path):
 
 def test_a_program_takes_other_sizes_than_its_example(tmp_path):
     """MONAI's autoencoder, which is exported in seconds; the slow tests have whole pipelines."""
-    vae = MonaiAutoencoderKL(channels=(4, 8), num_res_blocks=(0, 0), attention_levels=(False, False), norm_num_groups=4)
+    vae = MonaiAutoencoderKL(channels=(4, 8), num_res_blocks=(1, 1), attention_levels=(False, False), norm_num_groups=4)
     vae.set_latent_statistics([0.5, 0.0, -0.5, 1.0], [1.0, 2.0, 3.0, 4.0])
     vae.eval().save_pretrained(tmp_path / "pipeline/vae")
     command(["--to", "torch-export", "--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "out")])
@@ -135,6 +135,16 @@ def test_programs_run_with_torch_alone(tmp_path):
         assert_equal(made["decoder"], pipe.vae.decode(noisy[:1]).sample)
         assert_equal(made["encoder"][0], pipe.vae.encode(given["encoder"]["volume"]).latent_dist.mean)
     assert "mask=label indices" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_program_of_monais_unet_takes_other_sizes():
+    config = {"channels": [8, 8], "num_res_blocks": [1, 1], "attention_levels": [False, True], "norm_num_groups": 4}
+    config |= {"num_head_channels": [0, 8], "takes_spacing": True, "objective": "rectified_flow"}
+    unet = peers.random_weights(MonaiUNet3D(**config))
+    given = {"sample": torch.randn(1, 4, 5, 8, 3), "timestep": torch.tensor([300.0]), "numbers": torch.rand(1, 3)}
+    with torch.no_grad():
+        assert_equal(export_denoiser(unet).module()(**given), Denoiser(unet)(**given))
 
 
 @pytest.mark.slow
@@ -177,7 +187,10 @@ def test_a_table_samples_what_the_scheduler_samples(objective, name, tmp_path):
 
 @pytest.mark.parametrize(
     ("objective", "name", "options"),
-    [("v_prediction", "DDPMScheduler", {}), ("v_prediction", "DDIMScheduler", {"clip_sample": True})],
+    [
+        ("v_prediction", "DDPMScheduler", {}),
+        ("v_prediction", "DDIMScheduler", {"clip_sample": True, "clip_sample_range": 2.0}),
+    ],
 )
 def test_samplers_that_no_table_expresses_are_refused(objective, name, options):
     pipe = guided_pipeline(name, objective)
@@ -205,7 +218,7 @@ def test_a_bundle_says_what_it_leaves_out():
     metadata = _metadata(pipe, _sampling(pipe), "CC-BY-4.0", notes)
     assert metadata["not_in_this_bundle"] == notes and metadata["license"] == "CC-BY-4.0"
     assert metadata["synthetic"] and metadata["model"] == pipe.model_hash
-    assert metadata["sampler"].startswith("UniPCMultistepScheduler, as a table of 6 calls")
+    assert metadata["sampler"].startswith("UniPCMultistepScheduler, as a table of 7 calls")
 
 
 def test_masks_that_the_model_does_not_know_are_refused(tmp_path):
