@@ -26,7 +26,7 @@ CARD = "weights.md"  # the pipeline's own README.md, which says how it was train
 SYNTHETIC = "Volumes that they generate are synthetic: for research, not for diagnosis."
 UNKNOWN_LICENSE = "unknown: ask whoever trained them before you share them"
 RUN = """\
-From the folder of the bundle, with MONAI and nibabel:
+From the folder of the bundle, with MONAI, nibabel, and fire, which MONAI's commands need:
 
     python -m monai.bundle run --config_file configs/inference.json --mask MASK.nii.gz --output_dir out --seed 0
 

@@ -153,8 +153,8 @@ def test_a_bundle_generates_with_monai_alone(tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     mask, folder = write_mask(tmp_path), tmp_path / "out"
     command(["--to", "monai-bundle", "--pipeline", str(tmp_path / "pipeline"), "--output", str(folder)])
-    words = f"-m monai.bundle run --config_file configs/inference.json --mask {mask} --output_dir made --seed 7"
-    run_elsewhere(tmp_path / "site", folder, *words.split())
+    given = {"config_file": "configs/inference.json", "mask": str(mask), "output_dir": "made", "seed": 7}
+    run_elsewhere(tmp_path / "site", folder, "-c", f"from monai.bundle import run; run(**{given!r})")
     assert_volume_of_seed(folder / "made/mask_synthetic.nii.gz", pipe, mask, seed=7)
     assert "From the folder of the bundle" in (folder / "docs/README.md").read_text()
 
