@@ -1,5 +1,6 @@
 """Write networks of ours for programs that do not have our code."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from .bundle import write_bundle
 from .networks import arguments_of, monai_state, peer_name
 from .programs import export_decoder, export_denoiser, export_encoder, smallest_side
 
+ONNX_PACKAGES = ("onnx", "onnxscript")
 CARD = "weights.md"  # the pipeline's own README.md, which says how it was trained and whose data it saw
 SYNTHETIC = "Volumes that they generate are synthetic: for research, not for diagnosis."
 UNKNOWN_LICENSE = "unknown: ask whoever trained them before you share them"
@@ -42,6 +44,14 @@ With torch alone:
 {programs}
 
 B and sides may be of any size. Load programs only from people whom you trust."""
+OF_ONNX = """\
+With ONNX Runtime:
+
+    session = onnxruntime.InferenceSession("decoder.onnx")
+    volume = session.run(None, {{"latents": latents}})[0]
+
+It maps standardized latents (B, {latents}, h, w, d), float32, to volumes (B, {channels}, X, Y, Z) in [-1, 1], not
+clamped; {stride} voxels per latent voxel. B and sides may be of any size."""
 OF_AUTOENCODER = """\
 - `decoder(latents=...)`: standardized latents (B, {latents}, h, w, d) to volumes (B, {channels}, X, Y, Z) in [-1, 1],
   not clamped; {stride} voxels per latent voxel.
@@ -100,7 +110,7 @@ def export(target: str, pipeline: Path, output: Path, license: str | None = None
         if pipe is not None:
             text, notes = RUN, write_bundle(pipe, unfinished, license)
         else:
-            text = (write_weights if target == "monai-weights" else write_programs)(networks, unfinished)
+            text = WRITERS[target](networks, unfinished)
         docs = unfinished if pipe is None else unfinished / "docs"
         docs.mkdir(exist_ok=True)
         if (folder / "README.md").is_file():
@@ -115,14 +125,25 @@ def write_programs(networks: Networks, folder: Path) -> str:
     if (vae := networks.vae) is not None:
         torch.export.save(export_decoder(vae), folder / "decoder.pt2")
         torch.export.save(export_encoder(vae), folder / "encoder.pt2")
-        values = {"latents": vae.config["latent_channels"], "channels": vae.config["out_channels"]}
-        lines.append(OF_AUTOENCODER.format(**values, stride=" x ".join(map(str, vae.stride))))
+        lines.append(OF_AUTOENCODER.format(**_sizes(vae)))
     if (unet := networks.unet) is not None:
         torch.export.save(export_denoiser(unet), folder / "unet.pt2")
         values = {"conditions": _conditions(unet), "objective": unet.config["objective"], "side": smallest_side(unet)}
         values["batch"] = 1 if isinstance(unet, MonaiUNet3D) else "B"
         lines.append(OF_UNET.format(**values, channels=unet.config["in_channels"]))
     return LOAD.format(programs="\n".join(lines))
+
+
+def write_onnx(networks: Networks, folder: Path) -> str:
+    """Write decoder.onnx. Returns: how to use it. Raises: ValueError without an autoencoder, or the packages."""
+    if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"--to onnx needs {' and '.join(missing)}: pip install medvolume[onnx]")
+    if (vae := networks.vae) is None:
+        raise ValueError("--to onnx writes a decoder, and there is no vae/; give the folder of a pipeline")
+    program = torch.onnx.export(export_decoder(vae), (), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(folder / "decoder.onnx")
+    return OF_ONNX.format(**_sizes(vae))
 
 
 def write_weights(networks: Networks, folder: Path) -> str:
@@ -147,6 +168,15 @@ def write_weights(networks: Networks, folder: Path) -> str:
         (folder / f"{part}.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
         lines.append(f"| {part}.pt | {arguments['_target_']} | {part}.json |")
     return "\n".join(lines)
+
+
+WRITERS = {"torch-export": write_programs, "onnx": write_onnx, "monai-weights": write_weights}
+
+
+def _sizes(vae: VolumeAutoencoder[Any]) -> dict[str, object]:
+    """Return what README.md says of an autoencoder."""
+    config, stride = vae.config, " x ".join(map(str, vae.stride))
+    return {"latents": config["latent_channels"], "channels": config["out_channels"], "stride": stride}
 
 
 def _scale_factor(vae: VolumeAutoencoder[Any]) -> torch.Tensor:

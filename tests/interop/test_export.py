@@ -138,6 +138,29 @@ def test_programs_run_with_torch_alone(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_decoder_runs_in_onnx_runtime(tmp_path):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    vae = tiny_pipeline().vae
+    vae.save_pretrained(tmp_path / "pipeline/vae")
+    export("onnx", tmp_path / "pipeline", tmp_path / "out")
+    session = runtime.InferenceSession(tmp_path / "out/decoder.onnx")
+    for shape in ((1, 4, 5, 3, 8), (3, 4, 2, 6, 4)):
+        latents = torch.randn(shape)
+        [volume] = session.run(None, {"latents": latents.numpy()})
+        with torch.no_grad():
+            assert_equal(torch.from_numpy(volume), vae.decode(latents).sample)
+
+
+def test_onnx_says_which_packages_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("interop.export.ONNX_PACKAGES", ("onnx_of_nobody",))
+    tiny_pipeline().vae.save_pretrained(tmp_path / "pipeline/vae")
+    with pytest.raises(ValueError, match=r"needs onnx_of_nobody: pip install medvolume\[onnx\]"):
+        export("onnx", tmp_path / "pipeline", tmp_path / "out")
+
+
+@pytest.mark.slow
 def test_a_program_of_monais_unet_takes_other_sizes():
     config = {"channels": [8, 8], "num_res_blocks": [1, 1], "attention_levels": [False, True], "norm_num_groups": 4}
     config |= {"num_head_channels": [0, 8], "takes_spacing": True, "objective": "rectified_flow"}
