@@ -137,7 +137,7 @@ def write_programs(networks: Networks, folder: Path) -> str:
 def write_onnx(networks: Networks, folder: Path) -> str:
     """Write decoder.onnx. Returns: how to use it. Raises: ValueError without an autoencoder, or the packages."""
     if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--to onnx needs {' and '.join(missing)}: pip install medvolume[onnx]")
+        raise ValueError(f'--to onnx needs {" and ".join(missing)}: pip install -e ".[onnx]" -c constraints.txt')
     if (vae := networks.vae) is None:
         raise ValueError("--to onnx writes a decoder, and there is no vae/; give the folder of a pipeline")
     program = torch.onnx.export(export_decoder(vae), (), dynamo=True, verbose=False)

@@ -149,7 +149,7 @@ FORMATS: dict[str, Format] = {
 }
 TARGETS = {
     "torch-export": "decoder, encoder and U-Net as .pt2 programs, which torch alone runs",
-    "onnx": "the decoder as decoder.onnx, for ONNX Runtime (pip install medvolume[onnx])",
+    "onnx": "the decoder as decoder.onnx, for ONNX Runtime",
     "monai-bundle": "a bundle that MONAI alone runs, for pipelines that a mask conditions",
     "monai-weights": "weights for MONAI's own classes, of networks converted from MONAI or MAISI",
 }
