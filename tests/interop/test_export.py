@@ -156,7 +156,7 @@ def test_a_decoder_runs_in_onnx_runtime(tmp_path):
 def test_onnx_says_which_packages_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("interop.export.ONNX_PACKAGES", ("onnx_of_nobody",))
     tiny_pipeline().vae.save_pretrained(tmp_path / "pipeline/vae")
-    with pytest.raises(ValueError, match=r"needs onnx_of_nobody: pip install -e "\.\[onnx\]""):
+    with pytest.raises(ValueError, match=r'needs onnx_of_nobody: pip install -e "\.\[onnx\]"'):
         export("onnx", tmp_path / "pipeline", tmp_path / "out")
 
 
