@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
 def export_decoder(vae: VolumeAutoencoder[Any]) -> ExportedProgram:
     """Export the decoder: `program.module()(latents=...)`, see `Decoder`.
 
-    Raises: ValueError for a torch before 2.9.
+    Raises: ValueError for a torch that exports programs of one size only.
     """
     grid = _Grid()
     latents = torch.zeros(grid.batch, vae.config["latent_channels"], *grid.example())
@@ -149,7 +149,7 @@ class _Grid:
 
 def _exported(network: nn.Module, given: dict[str, Tensor], dims: dict[str, object]) -> ExportedProgram:
     if DEFERRED not in inspect.signature(torch.export.export).parameters:
-        raise ValueError(f"torch {torch.__version__} exports programs of one size only; update it to 2.9 or later")
+        raise ValueError(f"torch {torch.__version__} exports programs of one size only; update it (2.13 exports any)")
     plain = copy.deepcopy(network).eval()
     plain.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # or loading warns
     with torch.no_grad():
