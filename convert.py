@@ -1,14 +1,17 @@
-"""Convert weights that others trained, of MAISI and MONAI, into a folder of ours.
+"""Convert weights that others trained, of MAISI and MONAI, into a folder of ours; and ours into what others run.
 
     medvolume convert --from maisi-rflow-ct --weights NV-Generate-CT --output weights/maisi-rflow-ct
     medvolume convert --from monai-bundle --weights brats_mri_generative_diffusion --output weights/brats
     medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
         --output weights/own
+    medvolume convert --to monai-bundle --pipeline hippocampus --output out/bundle
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
 tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
 and provenance.json with the checksums of the files. Both networks of MAISI or of a bundle are a pipeline, for
 generate.py.
+
+With --to a pipeline of ours is written for programs that do not have this package.
 """
 
 import argparse
@@ -18,35 +21,54 @@ from pathlib import Path
 from cli.command import ArgumentParser, run_command
 from cli.settings import FiniteFloat, Number, PositiveFloat, PositiveInt
 from files.shipped import expand_path
-from interop.formats import FORMATS
+from interop.formats import FORMATS, TARGETS
+
+OF_READING = ("weights", "network", "value_range", "scale_factor", "shape", "spacing", "steps", "numbers")
 
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    listing = "\n".join(f"  {name:<22} {kind.help}" for name, kind in FORMATS.items())
-    parser = ArgumentParser(description=__doc__, epilog=f"formats:\n{listing}")
-    parser.add_argument("--from", dest="format", required=True, choices=FORMATS, metavar="FORMAT", help="see below")
+    kinds = {"--from": {name: kind.help for name, kind in FORMATS.items()}, "--to": TARGETS}
+    listings = [
+        f"formats of {option}:\n" + "\n".join(f"  {name:<22} {text}" for name, text in known.items())
+        for option, known in kinds.items()
+    ]
+    parser = ArgumentParser(description=__doc__, epilog="\n\n".join(listings))
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", dest="format", choices=FORMATS, metavar="FORMAT", help="see below")
+    direction.add_argument("--to", dest="target", choices=TARGETS, metavar="FORMAT", help="see below")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    license_help = "license of the weights that you give; every generated volume will name it"
+    parser.add_argument("--license", metavar="TEXT", help=license_help)
+    reading = parser.add_argument_group("with --from")
     weights_help = (
         "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format, or of a bundle"
     )
-    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help=weights_help)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    reading.add_argument("--weights", type=Path, metavar="FILE", help=weights_help)
     network_help = "JSON file with the arguments of MONAI's class, for weights that you trained"
-    parser.add_argument("--network", type=Path, metavar="FILE", help=network_help)
+    reading.add_argument("--network", type=Path, metavar="FILE", help=network_help)
     range_help = "intensities between which the autoencoder's training volumes lay, for weights that you trained"
-    parser.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)
+    reading.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)
     scale_help = "what the diffusion model's training multiplied latents by (the file's own, if it has one)"
-    parser.add_argument("--scale_factor", type=Number(PositiveFloat), help=scale_help)
-    license_help = "license of the weights that you give; every generated volume will name it"
-    parser.add_argument("--license", metavar="TEXT", help=license_help)
-    bundle = parser.add_argument_group("bundles", "what a bundle's configs do not say in words that are recognized")
+    reading.add_argument("--scale_factor", type=Number(PositiveFloat), help=scale_help)
+    bundle = parser.add_argument_group(
+        "with --from monai-bundle", "what a bundle's configs do not say in words that are recognized"
+    )
     shape, spacing = Number(PositiveInt), Number(PositiveFloat)
     bundle.add_argument("--shape", nargs=3, type=shape, metavar=("X", "Y", "Z"), help="voxels of a volume")
     bundle.add_argument("--spacing", nargs=3, type=spacing, metavar=("X", "Y", "Z"), help="size of a voxel in mm")
     bundle.add_argument("--steps", type=Number(PositiveInt), help="denoising steps")
     numbers_help = "numbers that its U-Net is conditioned on, in its order"
     bundle.add_argument("--numbers", nargs="+", metavar="NAME", help=numbers_help)
-    return parser.parse_args(args)
+    writing = parser.add_argument_group("with --to")
+    writing.add_argument("--pipeline", type=Path, metavar="DIR", help="folder of a pipeline, or a shipped one's name")
+    options = parser.parse_args(args)
+    needed, foreign = ("weights", ("pipeline",)) if options.target is None else ("pipeline", OF_READING)
+    if getattr(options, needed) is None:
+        parser.error(f"the following arguments are required: --{needed}")
+    if given := [f"--{name}" for name in foreign if getattr(options, name) is not None]:
+        parser.error(f"{', '.join(given)}: belongs to {'--from' if options.target else '--to'}; omit it")
+    return options
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -54,11 +76,17 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 from interop.bundles import BundleOptions
 from interop.convert import convert
+from interop.export import export
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Convert what the command line names. Raises: ValueError naming the file and what does not fit."""
     options = parse(args)
+    if options.target is not None:
+        for note in export(options.target, options.pipeline, options.output, options.license):
+            print(note)
+        print(f"wrote {options.output}")
+        return
     weights = Path(expand_path(str(options.weights)))
     bundle = BundleOptions(
         shape=None if options.shape is None else tuple(options.shape),

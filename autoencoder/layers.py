@@ -73,13 +73,13 @@ def convolve(
 ) -> Tensor:
     """Convolve, on a CPU in inference by oneDNN, whatever the size: see `Conv3d`."""
     if (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: an exported program is of any batch
+        and x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
         and len(x) == 1
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
     ):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
     return F.conv3d(x, weight, bias, stride, padding, dilation, groups)

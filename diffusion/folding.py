@@ -38,7 +38,11 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int, *, partial: bool 
             f"mask of {tuple(labels.shape[1:])} voxels: every side must be a multiple of the stride {stride}; pad it "
             "first"
         )
-    if labels.numel() and (int(labels.min()) < (UNKNOWN if partial else PADDING) or int(labels.max()) >= num_labels):
+    if (
+        not torch.compiler.is_exporting()
+        and labels.numel()
+        and (int(labels.min()) < (UNKNOWN if partial else PADDING) or int(labels.max()) >= num_labels)
+    ):
         _refuse(labels, num_labels, partial)
     (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(labels.shape[1:], stride, strict=True))
     cells = labels.reshape(-1, nx, sx, ny, sy, nz, sz).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
@@ -157,7 +161,7 @@ class _Bag(nn.EmbeddingBag):
     """nn.EmbeddingBag in sum mode. In ids (N, r), 0 is padding and any other id occurs at most once per row."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        if len(ids) * len(self.weight) > DENSE_ELEMENTS:
+        if torch.compiler.is_exporting() or len(ids) * len(self.weight) > DENSE_ELEMENTS:
             return super().forward(ids)
         # few labels: one product is several times faster than the bag, on a CPU, there and back
         present = self.weight.new_zeros((len(ids), len(self.weight))).scatter_(1, ids.long(), 1)

@@ -15,7 +15,7 @@ from .conditioning import ConditionSchema
 from .denoiser import LatentDenoiser
 from .objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
 from .scheduler_options import MAX_TIMESTEPS, Betas
-from .unet import LatentUNet3DOutput, pad_at_end
+from .unet import LatentUNet3DOutput, crop_at_end, pad_at_end
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
@@ -274,8 +274,7 @@ class MonaiUNet3D(LatentDenoiser):
             bottom_region_index_tensor=bottom,
             spacing_tensor=None if spacing is None else (spacing * UNIT).to(sample.dtype),
         )
-        h, w, d = sides
-        predicted = predicted[..., :h, :w, :d]
+        predicted = crop_at_end(predicted, sides)
         predicted = -predicted if config["objective"] in FLOWS else predicted
         return LatentUNet3DOutput(sample=predicted) if return_dict else (predicted,)
 

@@ -78,8 +78,20 @@ class TimeResidualBlock(nn.Module):
 
 def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
     """Zero-pad the far sides of (B, C, h, w, d) to multiples of the stride."""
-    missing = [-n % s for n, s in zip(x.shape[2:], stride, strict=True)]
-    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
+    missing = [(n + s - 1) // s * s - n for n, s in zip(x.shape[2:], stride, strict=True)]
+    if torch.compiler.is_exporting() or any(missing):  # a program of `interop` is of any size
+        return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]))
+    return x
+
+
+def crop_at_end(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Cut the far sides of (B, C, h, w, d)."""
+    h, w, d = sides
+    if not torch.compiler.is_exporting():
+        return x[:, :, :h, :w, :d]
+    for axis, side in enumerate((h, w, d), start=2):  # a slice is traced either as cutting, or as not
+        x = x.index_select(axis, torch.arange(side, device=x.device))
+    return x
 
 
 class LatentUNet3D(LatentDenoiser, AttentionMixin):
@@ -379,7 +391,6 @@ class LatentUNet3D(LatentDenoiser, AttentionMixin):
         """Run the way up, cropped to the skips' sizes."""
         for i in reversed(range(len(self.up_blocks))):
             skip = skips.pop()
-            h, w, d = skip.shape[2:]
-            x = torch.cat([self.upsamplers[i](x)[:, :, :h, :w, :d], skip], dim=1)
+            x = torch.cat([crop_at_end(self.upsamplers[i](x), skip.shape[2:]), skip], dim=1)
             x = self._run(self.up_blocks[i], x, time)  # pyright: ignore[reportArgumentType]
         return x

@@ -1,4 +1,6 @@
-"""The formats that can be converted: which files, which classes of MONAI with which arguments, whose license.
+"""The formats that are read: which files, which classes of MONAI with which arguments, whose license.
+
+And the names of those that are written.
 
 Facts of MAISI are from NVIDIA's public configs and scripts (NV-Generate-CTMR, Apache-2.0). The files themselves could
 not be had where this was written; their layout is that of the scripts that wrote them.
@@ -181,4 +183,10 @@ FORMATS: dict[str, Format] = {
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-MR-Brain",
     ),
+}
+TARGETS = {
+    "torch-export": "decoder, encoder and U-Net as .pt2 programs, which torch alone runs",
+    "onnx": "the decoder as decoder.onnx, for ONNX Runtime",
+    "monai-bundle": "a bundle that MONAI alone runs, for pipelines that a mask conditions",
+    "monai-weights": "weights for MONAI's own classes, of networks converted from MONAI or MAISI",
 }

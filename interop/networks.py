@@ -1,5 +1,6 @@
 """MONAI's classes in terms of ours: arguments, defaults, and the names of their tensors."""
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Peer:
         defaults: what MONAI takes for arguments that are not given, by our names.
         renames: patterns of the names of its tensors, and ours; the first that fits counts, others keep their names.
         marker: the beginning of names that tells its weights from those of other classes.
+        path: where MONAI has it.
         ignored: arguments that change training alone, and no weight's name, as `WITHOUT_EFFECT`.
         fixed: arguments that must have one of these values, the first by default.
         added: values of tensors that our class has beside MONAI's.
@@ -69,6 +71,7 @@ class Peer:
     defaults: Mapping[str, object]
     renames: Renames
     marker: str
+    path: str
     unused: str | None = None
     ignored: frozenset[str] = frozenset()
     added: Mapping[str, bool] = field(default_factory=dict)
@@ -130,6 +133,7 @@ _UNET_DEFAULTS = {
     "num_head_channels": 8,
     "attention_output": True,
 }
+_MAISI_NETWORKS = "monai.apps.generation.maisi.networks"
 PEERS = {
     "AutoencoderKL": Peer(
         MonaiAutoencoderKL,
@@ -138,9 +142,18 @@ PEERS = {
         _AUTOENCODER_DEFAULTS,
         OLD_AUTOENCODER,
         "encoder.",
+        "monai.networks.nets.autoencoderkl",
         UNUSED_AUTOENCODER,
     ),
-    "AutoencoderKlMaisi": Peer(MonaiAutoencoderKL, "vae", _AUTOENCODER, _MAISI_DEFAULTS, MAISI_AUTOENCODER, "encoder."),
+    "AutoencoderKlMaisi": Peer(
+        MonaiAutoencoderKL,
+        "vae",
+        _AUTOENCODER,
+        _MAISI_DEFAULTS,
+        MAISI_AUTOENCODER,
+        "encoder.",
+        f"{_MAISI_NETWORKS}.autoencoderkl_maisi",
+    ),
     "VQVAE": Peer(
         MonaiVQVAE,
         "vae",
@@ -148,11 +161,21 @@ PEERS = {
         _VQVAE_DEFAULTS,
         VQVAE,
         "encoder.",
+        "monai.networks.nets.vqvae",
         ignored=frozenset("dropout embedding_init commitment_cost epsilon ddp_sync".split()),
         added={"codebook.initialized": True},
         fixed={"spatial_dims": (3,), "act": ("RELU", "relu"), "output_act": (None,)},
     ),
-    "DiffusionModelUNet": Peer(MonaiUNet3D, "unet", _UNET, _UNET_DEFAULTS, UNET, "down_blocks.", UNUSED_UNET),
+    "DiffusionModelUNet": Peer(
+        MonaiUNet3D,
+        "unet",
+        _UNET,
+        _UNET_DEFAULTS,
+        UNET,
+        "down_blocks.",
+        "monai.networks.nets.diffusion_model_unet",
+        UNUSED_UNET,
+    ),
     "DiffusionModelUNetMaisi": Peer(
         MonaiUNet3D,
         "unet",
@@ -160,6 +183,7 @@ PEERS = {
         _UNET_DEFAULTS | {"attention_output": False},
         UNET,
         "down_blocks.",
+        f"{_MAISI_NETWORKS}.diffusion_model_unet_maisi",
     ),
 }
 
@@ -236,6 +260,50 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
 
 def _are_numbers(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, int) for one in value)
+
+
+def peer_name(model: VolumeModel) -> str:
+    """Return the class of MONAI whose weights a model of ours holds. Raises: ValueError if there is none."""
+    config = model.config
+    if isinstance(model, MonaiAutoencoderKL):
+        return "AutoencoderKlMaisi" if config["upsampling"] == "trilinear" else "AutoencoderKL"
+    if isinstance(model, MonaiUNet3D):
+        is_maisi = config["takes_spacing"] or config["takes_regions"]
+        return "DiffusionModelUNetMaisi" if is_maisi else "DiffusionModelUNet"
+    raise ValueError(f"{type(model).__name__} is not a network of MONAI; export it with --to torch-export")
+
+
+def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, object]:
+    """Return the arguments of MONAI's class for the config of ours: the inverse of `config_of`.
+
+    `_target_` says which class it is, as MONAI's configs do.
+    """
+    peer = PEERS[name]
+    widths = {"channels", "num_channels"} - {"num_channels" if peer.path.startswith("monai.networks") else "channels"}
+    known = {theirs: ours for theirs, ours in peer.arguments.items() if ours != "channels"}
+    arguments: dict[str, object] = {"_target_": f"{peer.path}.{name}", "spatial_dims": 3}
+    arguments |= {theirs: config[ours] for theirs, ours in known.items()} | {widths.pop(): config["channels"]}
+    if config.get("numbers_as_channels"):
+        arguments["in_channels"] = config["in_channels"] + len(config["context_numbers"])
+    if peer.folder == "vae":
+        arguments["use_convtranspose"] = config["upsampling"] == "transposed"
+    else:
+        arguments["with_conditioning"] = config["cross_attention_dim"] is not None
+    if name == "DiffusionModelUNetMaisi":
+        arguments |= {f"include_{end}_region_index_input": config["takes_regions"] for end in ("top", "bottom")}
+    return arguments
+
+
+def monai_state(name: str, model: VolumeModel) -> dict[str, torch.Tensor]:
+    """Return the weights of a model of ours under MONAI's names, in the order of MONAI's class."""
+    peer, state = PEERS[name], model.state_dict()
+    arguments = arguments_of(name, model.config)
+    arguments.pop("_target_")
+    with torch.device("meta"):
+        theirs = getattr(importlib.import_module(peer.path), name)(**arguments).state_dict()
+    ours = {key: renamed(key, peer.renames) for key in theirs}
+    assert set(ours.values()) == state.keys()
+    return {key: state[of_ours].contiguous() for key, of_ours in ours.items()}
 
 
 def _has_text(value: object) -> bool:
