@@ -61,9 +61,9 @@ def percent(value: float | None) -> str:
     return "not defined" if value is None else f"{100 * value:.1f} %"
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     """Format a figure."""
-    return "not defined" if value is None else f"{value:.2f}"
+    return "not defined" if value is None else f"{value:.{digits}f}"
 
 
 def p_value(value: float | None) -> str:

@@ -651,7 +651,7 @@ async function follow() {
       say(job.result.warnings.join(" · ") || `${title(job.result)} is done.`, job.result.warnings.length > 0);
       return;
     }
-    await new Promise((resolve) => setTimeout(resolve, 150));
+    await new Promise((resolve) => setTimeout(resolve, 60));
   }
 }
 
