@@ -1,6 +1,6 @@
-"""Record docs/studio_animation.webp: somebody paints on a mask in the studio, and volumes of it appear.
+"""Record docs/studio.webp: somebody paints on a mask in the studio, and volumes of it appear.
 
-    python -m tools.studio_animation --pipeline weights/hippocampus-fast --output docs/studio_animation.webp
+    python -m tools.studio_animation --pipeline weights/hippocampus-fast --output docs/studio.webp
 
 Each frame is a screenshot of a real run in a browser without a window; only the pointer is added, for such a browser
 shows none. How long a frame is shown is set here: the times of this run, with a renderer in software, are not those of
@@ -31,7 +31,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="weights/hippocampus-fast", help="folder with example masks")
-    parser.add_argument("--output", type=Path, default=Path("docs/studio_animation.webp"), metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("docs/studio.webp"), metavar="FILE")
     return parser.parse_args(args)
 
 

@@ -75,7 +75,7 @@ class Pane {
 
   // Shows volumes, [{url, window}], with a drawing (bytes) over them.
   show(key, grid, volumes, drawing, { paint = false, opacity = 0.6 } = {}) {
-    this.turn = this.turn.then(async () => {
+    this.turn = this.turn.then(() => this.drawnOnce(async () => {
       const nv = this.nv;
       const kept = sameGrid(this.grid, grid) ? [...nv.scene.crosshairPos] : null;
       const azimuth = [nv.scene.renderAzimuth, nv.scene.renderElevation];
@@ -95,10 +95,21 @@ class Pane {
       if (kept) nv.scene.crosshairPos = kept;
       if (kept) [nv.scene.renderAzimuth, nv.scene.renderElevation] = azimuth;
       nv.setDrawingEnabled(paint && draws());
-      nv.drawScene();
       link();
-    }).catch((error) => say(error.message, true));
+    })).catch((error) => say(error.message, true));
     return this.turn;
+  }
+
+  // Draws once, after several changes: NiiVue draws after each, which software renderers take long for.
+  async drawnOnce(changes) {
+    const { nv } = this, draw = nv.drawScene;
+    nv.drawScene = () => {};
+    try {
+      await changes();
+    } finally {
+      nv.drawScene = draw;
+      nv.drawScene();
+    }
   }
 
   where(location) {
