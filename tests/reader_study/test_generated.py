@@ -46,7 +46,7 @@ def test_a_study_generates_from_the_examples(folder, pipe):
     seed = torch.Generator().manual_seed(volume_seed(4, "mrn_01", 0))
     [expected] = pipe(mask=str(folder / "pipe/masks/mrn_01.nii.gz"), generator=[seed]).volumes
     written = nib.load(folder / "study-generated/generated/mrn_01_000.nii.gz")
-    assert np.array_equal(written.get_fdata(), expected.get_fdata())
+    assert np.allclose(written.get_fdata(), expected.get_fdata(), atol=1e-3)  # of 200
     sent = "".join(path.read_text() for path in (folder / "study/reader_1").glob("*.*"))
     assert "mrn_0" not in sent and "study-generated" not in sent
 
