@@ -10,6 +10,7 @@ a computer that people use (`tools.studio_times` measures).
 import argparse
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 MOST_BYTES = 2 * 2**20
-WIDTH = 960  # of the frames; the page has 1280
 QUALITY = 60  # of WebP
 GLANCE, LOOK, READ = 90, 700, 1800  # milliseconds that a frame is shown
-LARGER = [(0.37, 0.22), (0.36, 0.26), (0.355, 0.30), (0.36, 0.34), (0.365, 0.38), (0.38, 0.41), (0.40, 0.44)]
-SMALLER = [(0.62, 0.20), (0.63, 0.25), (0.64, 0.30), (0.645, 0.35), (0.64, 0.40), (0.63, 0.45)]
+MOVES = 3  # of the mouse from one place to the next
+SLICES = 3  # up and down from the middle, where the bulge ends
+# A bulge at the side of the front part, and an edge of the back part, on the axial slice.
+BULGE = [(0.44, 0.30), (0.35, 0.28), (0.29, 0.33), (0.27, 0.41), (0.30, 0.48), (0.36, 0.52), (0.44, 0.51)]
+EDGE = [(0.76, 0.57), (0.71, 0.64), (0.66, 0.71), (0.58, 0.78), (0.48, 0.83)]
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -39,6 +42,14 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from tools.studio_browser import browser, is_generated, on_axial, opened, paint, served, wait
+
+
+def smooth(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the places with `MOVES - 1` more between each two."""
+    path = [places[0]]
+    for (x0, y0), (x1, y1) in pairwise(places):
+        path += [(x0 + (x1 - x0) * move / MOVES, y0 + (y1 - y0) * move / MOVES) for move in range(1, MOVES + 1)]
+    return path
 
 
 class Recording:
@@ -59,7 +70,7 @@ class Recording:
             x, y = self.pointer
             arrow = [(x, y), (x, y + 17), (x + 4, y + 13), (x + 7, y + 19), (x + 10, y + 18), (x + 7, y + 12)]
             ImageDraw.Draw(shot).polygon([*arrow, (x + 12, y + 12)], fill="white", outline="black")
-        self.frames.append(shot.resize((WIDTH, round(WIDTH * shot.height / shot.width)), Image.Resampling.LANCZOS))
+        self.frames.append(shot)
         self.durations.append(milliseconds)
 
     def moved(self, x: float, y: float) -> None:
@@ -70,10 +81,17 @@ class Recording:
     def stroke(self, tool: str, places: Sequence[tuple[float, float]]) -> None:
         """Choose a tool by its key, and record a stroke."""
         self.page.keyboard.press(tool)
-        self.pointer = on_axial(self.page, places)[0]
+        path = smooth(places)
+        self.pointer = on_axial(self.page, path)[0]
         self.frame(LOOK)
-        paint(self.page, places, self.moved)
+        paint(self.page, path, self.moved)
         self.frame(LOOK)
+
+    def scroll(self, slices: int) -> None:
+        """Turn the wheel over the axial slice, by so many slices, up or down."""
+        for _ in range(abs(slices)):
+            self.page.mouse.wheel(0, 120 if slices > 0 else -120)
+            self.frame(2 * GLANCE)
 
     def generation(self, count: int) -> None:
         """Press G, and record until the volume number `count` is there."""
@@ -97,7 +115,7 @@ class Recording:
         size = path.stat().st_size
         print(f"{path}: {len(self.frames)} frames, {sum(self.durations) / 1000:.0f} s, {size >> 10} kB")
         if size > MOST_BYTES:
-            raise ValueError(f"{path}: has {size >> 10} kB, {MOST_BYTES >> 10} at most; lower QUALITY or WIDTH")
+            raise ValueError(f"{path}: has {size >> 10} kB, {MOST_BYTES >> 10} at most; lower QUALITY")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -110,10 +128,18 @@ def main(args: Sequence[str] | None = None) -> None:
         recording.frame(READ)
         recording.generation(1)
         page.keyboard.press("1")
-        recording.stroke("p", LARGER)
+        page.mouse.move(*on_axial(page, BULGE)[0])
+        recording.scroll(SLICES)
+        recording.stroke("f", BULGE)  # an outline, which is filled
+        recording.scroll(-2 * SLICES)
+        recording.stroke("f", BULGE)
+        page.keyboard.press("i")  # the slices between them
+        recording.scroll(SLICES)
+        recording.frame(LOOK)
         recording.generation(2)
-        page.keyboard.press("2")
-        recording.stroke("e", SMALLER)
+        for _ in range(4):
+            page.keyboard.press("]")
+        recording.stroke("e", EDGE)
         recording.generation(3)
         page.locator("#left").select_option(index=page.locator("#left option").count() - 3)  # the first volume
         wait(lambda: page.evaluate("studio.left.shows.startsWith('result:')"))

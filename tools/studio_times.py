@@ -26,6 +26,7 @@ from cli.settings import Number, PositiveInt
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+STROKE = ((0.36, 0.25), (0.36, 0.33), (0.36, 0.41))  # of the axial slice's width and height
 EVERY = 0.01  # seconds between two looks at the page
 # Resolves when the browser has drawn the frame after this one.
 DRAWN = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))))"
@@ -98,11 +99,10 @@ def measure_round(
         generate(page, 1)
         to_volume = time.perf_counter() - begin
         settings = page.evaluate("({ steps: studio.state.model.steps, guidance: studio.state.model.guidance })")
-        page.keyboard.press("1")
         after_stroke = []
         for number in range(strokes):
-            across = 0.36 + 0.02 * number
-            end_of_stroke = paint(page, [(across, 0.25), (across, 0.33), (across, 0.41)])
+            page.keyboard.press("12"[number % 2])  # another label than before, so that each stroke changes the mask
+            end_of_stroke = paint(page, STROKE)
             generate(page, number + 2)
             after_stroke.append(round(time.perf_counter() - end_of_stroke, 3))
         page.close()
