@@ -123,7 +123,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     with served(options.pipeline) as address, browser() as started:
         page = opened(started, address)
-        page.add_style_tag(content=".time, #progress-text { visibility: hidden }")  # those of a busy machine say nothing
+        # The times of a busy machine say nothing.
+        page.add_style_tag(content=".time, #progress-text { visibility: hidden }")
         recording = Recording(page)
         recording.frame(READ)
         recording.generation(1)

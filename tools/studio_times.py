@@ -4,8 +4,8 @@
 
 Each round starts the command, opens the page in a browser that runs already, and generates from the first example as
 soon as the page is ready. The first time ends when that volume is drawn on the page. Then come strokes of the pen; each
-time runs from the end of the stroke, after which G is pressed at once, to the new volume drawn. The browser draws by software,
-on the same cores. `--cores` holds command and browser to the first so many cores of this process, on Linux.
+time runs from the end of the stroke, after which G is pressed at once, to the new volume drawn. The browser draws by
+software, on the same cores. `--cores` holds command and browser to the first so many cores of this process, on Linux.
 
 The file has each time, the medians, the longest, the pipeline's steps, the machine and the versions. Measure on a
 machine that does nothing else.
@@ -90,8 +90,10 @@ def hold_to(cores: int) -> None:
 def measure_round(
     started: "Browser", pipeline: str, strokes: int
 ) -> tuple[float, float, list[float], dict[str, object]]:
-    """Start the studio once. Returns: the seconds to the page, to the first volume and after each stroke, and what the
-    pipeline samples with."""
+    """Start the studio once.
+
+    Returns: the seconds to the page, to the first volume and after each stroke, and what the pipeline samples with.
+    """
     begin = time.perf_counter()
     with served(pipeline) as address:
         page = opened(started, address)

@@ -54,7 +54,8 @@ def test_every_statistic_is_in_the_report(tmp_path):
     found = json.loads((tmp_path / "report/report.json").read_text())
     together = found["together"]
     assert together["difference_p"] < 0.05 and together["readers"] == 3
-    assert f"<td>{together['accuracy']['standard_error']:.3f}</td><td>{together['accuracy']['freedom']:.1f}</td>" in page
+    accuracy = together["accuracy"]
+    assert f"<td>{accuracy['standard_error']:.3f}</td><td>{accuracy['freedom']:.1f}</td>" in page
     assert f"<td>ROC AUC</td><td>{together['auc']['value']:.2f}</td>" in page
     assert sum(found["scales"]["appearance"]["counts"]["reader_1"]["generated"]) == 20
     assert found["repeats"]["reader_1"]["decision"]["value"] == 1  # the simulated evidence is that of the first time
