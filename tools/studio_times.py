@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
     document = {
         "pipeline": options.pipeline,
         **settings,
+        "cores": options.cores,
         "seconds": {
             "command_to_first_volume": {"median": round(median(first), 2), "longest": round(max(first), 2)},
             "stroke_to_volume": {"median": round(median(strokes), 2), "longest": round(max(strokes), 2)},
