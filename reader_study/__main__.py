@@ -45,9 +45,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real", type=Path, nargs="+", required=True, metavar="DIR", help="folders of real volumes")
-    parser.add_argument(
-        "--generated", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of generated ones"
-    )
+    parser.add_argument("--generated", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of generated ones")
     parser.add_argument(
         "--pipeline", nargs="+", default=[], metavar="[NAME=]DIR", help="pipelines that generate volumes for the study"
     )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MOST_BYTES = 2 * 2**20
 QUALITY = 60  # of WebP
 GLANCE, LOOK, READ = 90, 700, 1800  # milliseconds that a frame is shown
-MOVES = 3  # of the mouse from one place to the next
-SLICES = 3  # up and down from the middle, where the bulge ends
+MOVES = 2  # of the mouse from one place to the next
+SLICES = 2  # up and down from the middle, where the bulge ends
 # A bulge at the side of the front part, and an edge of the back part, on the axial slice.
 BULGE = [(0.44, 0.30), (0.35, 0.28), (0.29, 0.33), (0.27, 0.41), (0.30, 0.48), (0.36, 0.52), (0.44, 0.51)]
 EDGE = [(0.76, 0.57), (0.71, 0.64), (0.66, 0.71), (0.58, 0.78), (0.48, 0.83)]
@@ -110,7 +110,7 @@ class Recording:
         path.parent.mkdir(parents=True, exist_ok=True)
         first, *others = self.frames
         first.save(
-            path, save_all=True, append_images=others, duration=self.durations, loop=0, quality=QUALITY, method=6
+            path, save_all=True, append_images=others, duration=self.durations, loop=0, quality=QUALITY, method=4
         )
         size = path.stat().st_size
         print(f"{path}: {len(self.frames)} frames, {sum(self.durations) / 1000:.0f} s, {size >> 10} kB")
@@ -132,9 +132,10 @@ def main(args: Sequence[str] | None = None) -> None:
         page.mouse.move(*on_axial(page, BULGE)[0])
         recording.scroll(SLICES)
         recording.stroke("f", BULGE)  # an outline, which is filled
-        recording.scroll(-2 * SLICES)
-        recording.stroke("f", BULGE)
-        page.keyboard.press("i")  # the slices between them
+        for _ in range(2 * SLICES):
+            recording.scroll(-1)
+            paint(page, BULGE)
+            recording.frame(3 * GLANCE)
         recording.scroll(SLICES)
         recording.frame(LOOK)
         recording.generation(2)
