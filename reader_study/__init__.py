@@ -25,6 +25,7 @@ How it is built, and why:
   Diffusion) to the letter, and a comment; see `reader_study.questions`.
 - **What is recorded**: answers, the time in which the page was visible, visits, and the slices, windows and zooms.
 
-Modules: `questions` (what is asked), `design` (which case when), `voxels` (blinding), `kit` (folders), `answers`
-(reading them), `agreement`, `detection`, `readers_and_cases` (statistics), `analysis`, `report`, `plan`.
+Modules: `questions` (what is asked), `design` (which case when), `generated` (volumes for a study), `voxels`
+(blinding), `kit` (folders), `answers` (reading them), `agreement`, `detection`, `readers_and_cases` (statistics),
+`analysis`, `report`, `plan`.
 """

@@ -1,10 +1,12 @@
 """Let people tell generated volumes from real ones, and rate both: folders for the readers, and the analysis.
 
     medvolume reader-study create --real scans/ --generated out/generated --output study --readers 3
+    medvolume reader-study create --real scans/ --pipeline weights/hippocampus --masks masks/ --output study
     medvolume reader-study analyze --key study/key.json --answers answers/ --output study_report
     medvolume reader-study plan --readers 2 3 5 --volumes 40 80 --skill 0.5
 
-`create` writes one offline folder for each reader, and key.json, which readers must not get. `analyze` (or `analyse`)
+`create` writes one offline folder for each reader, and key.json, which readers must not get. With --pipeline it first
+generates the volumes, one of each mask, into OUTPUT-generated; the same command resumes. `analyze` (or `analyse`)
 reads what they send back. docs/reader_study.md explains both.
 """
 
@@ -33,18 +35,22 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     _add_create(commands.add_parser("create", help="write a folder for each reader"))
     _add_analyze(commands.add_parser("analyze", aliases=["analyse"], help="read the answers, write a report"))
     _add_plan(commands.add_parser("plan", help="how many readers and volumes are needed, by simulation"))
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    if options.command == "create" and not (options.generated or options.pipeline):
+        parser.error("give --generated (folders of volumes), --pipeline (which generates them), or both")
+    if options.command == "create" and options.masks and not options.pipeline:
+        parser.error(f"--masks {' '.join(options.masks)}: are for --pipeline; leave them out")
+    return options
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real", type=Path, nargs="+", required=True, metavar="DIR", help="folders of real volumes")
+    parser.add_argument("--generated", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of generated ones")
     parser.add_argument(
-        "--generated",
-        nargs="+",
-        required=True,
-        metavar="[NAME=]DIR",
-        help="folders of generated ones",
+        "--pipeline", nargs="+", default=[], metavar="[NAME=]DIR", help="pipelines that generate volumes for the study"
     )
+    masks_help = "that --pipeline generates from (the examples in its folder)"
+    parser.add_argument("--masks", nargs="+", default=[], metavar="DIR_OR_GLOB", help=masks_help)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--title", default="Readers' study", help="of the page (Readers' study)")
     parser.add_argument("--readers", type=Number(PositiveInt), default=2, help="number of readers (2)")
@@ -64,7 +70,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
         help="in file units (percentiles)",
     )
     parser.add_argument("--noise", type=Number(Share), default=0.01, help="of the window, on every volume (0.01)")
-    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="of choice and order (0)")
+    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="of choice, order and --pipeline (0)")
 
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +99,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import logging
 
 from reader_study.design import Plan
-from reader_study.kit import KEY, collect_cases, create_study
+from reader_study.kit import KEY, check_new, collect_cases, create_study
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -108,9 +114,11 @@ def run_create(options: argparse.Namespace) -> None:
     from reader_study.voxels import Look
 
     generated: dict[str, list[Path]] = {}
-    for word in options.generated:
-        name, equals, folder = word.rpartition("=")
-        generated.setdefault(name if equals else "generated", []).append(Path(folder).expanduser())
+    for name, folder in map(_named, options.generated):
+        generated.setdefault(name, []).append(Path(folder).expanduser())
+    if options.pipeline:
+        for name, folder in _generate(options, set(generated)).items():
+            generated[name] = [folder]
     low, high = options.window or (0.5, 99.5)
     look = Look(
         tuple(options.spacing) if options.spacing else None,
@@ -132,6 +140,25 @@ def run_create(options: argparse.Namespace) -> None:
             f"({again} of them repeats), {count['pair']} pairs"
         )
     print(f"give each reader one folder; keep {options.output / KEY}, which tells real from generated")
+
+
+def _named(word: str) -> tuple[str, str]:
+    """Return the name and the folder of NAME=DIR; that of a lone folder is "generated"."""
+    name, equals, folder = word.rpartition("=")
+    return name if equals else "generated", folder
+
+
+def _generate(options: argparse.Namespace, taken: set[str]) -> dict[str, Path]:
+    """Generate the volumes of --pipeline. Returns: the folder of each model's. Errors as `generate_for_study`."""
+    from reader_study.generated import generate_for_study
+
+    check_new(options.output)  # before hours of work
+    pipelines: dict[str, str] = {}
+    for name, folder in map(_named, options.pipeline):
+        if name in taken or name in pipelines:
+            raise ValueError(f"--pipeline {folder}: another set is called {name}; name it: --pipeline NAME={folder}")
+        pipelines[name] = folder
+    return generate_for_study(pipelines, options.masks, options.output, options.seed)
 
 
 def run_analyze(options: argparse.Namespace) -> None:

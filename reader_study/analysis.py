@@ -143,6 +143,7 @@ def _together(
     correct = _matrix(by_reader, common, lambda reading: reading.correct).astype(bool)
     scores = _matrix(by_reader, common, lambda reading: reading.score)
     accuracy = mean_figure(*accuracy_covariance(correct, generated))
+    area = mean_figure(*delong_covariance(scores, generated))
     return {
         "readers": len(by_reader),
         "cases": len(common),
@@ -150,7 +151,9 @@ def _together(
         "accuracy_bootstrap": bootstrap_mean(correct, generated, random),
         "equivalence_p": equivalence(accuracy, margin),
         "difference_p": unlike_chance(accuracy),
-        "auc": mean_figure(*delong_covariance(scores, generated)),
+        "auc": area,
+        "auc_equivalence_p": equivalence(area, margin),
+        "auc_difference_p": unlike_chance(area),
     }
 
 

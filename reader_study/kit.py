@@ -100,6 +100,12 @@ def _note(path: Path, option: str, given: dict[Path, str]) -> None:
     given[file] = option
 
 
+def check_new(output: Path) -> None:
+    """Raises: FileExistsError if the folder of a study exists."""
+    if output.exists():
+        raise FileExistsError(f"{output}: exists; readers may have it already, so give another folder")
+
+
 def create_study(
     cases: Sequence[StudyCase],
     output: Path,
@@ -123,8 +129,7 @@ def create_study(
 
     Raises: ValueError for volumes that cannot be used, and FileExistsError if `output` exists.
     """
-    if output.exists():
-        raise FileExistsError(f"{output}: exists; readers may have it already, so give another folder")
+    check_new(output)
     salt = secrets.token_bytes(32) if salt is None else salt
     readers = order_cases(cases, plan, salt)
     grid = common_grid(cases, look)

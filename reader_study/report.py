@@ -61,9 +61,10 @@ def percent(value: float | None) -> str:
     return "not defined" if value is None else f"{100 * value:.1f} %"
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     """Format a figure."""
-    return "not defined" if value is None else f"{value:.2f}"
+    # "+ 0.0" turns -0.0, of which Python writes the sign, into 0.0
+    return "not defined" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def p_value(value: float | None) -> str:

@@ -27,6 +27,7 @@ def make_app(studio: Studio) -> Starlette:
         Route("/", lambda request: FileResponse(PAGE / "index.html")),
         Route("/studio.css", lambda request: FileResponse(PAGE / "studio.css")),
         Route("/studio.js", lambda request: FileResponse(PAGE / "studio.js", media_type=SCRIPT)),
+        Route("/regions.js", lambda request: FileResponse(PAGE / "regions.js", media_type=SCRIPT)),
         Route("/niivue.js", lambda request: Response(studio.niivue, media_type=SCRIPT)),
         *(Route(path, to, methods=[method]) for method, path, to in ROUTES),
     ]

@@ -1,5 +1,6 @@
 // The page of the studio. What it shows of the server is in `state`; each viewer is a `Pane`.
 import { Niivue } from "./niivue.js";
+import { connected, signedDistance } from "./regions.js";
 
 const $ = (id) => document.getElementById(id);
 const COLORS = ["#ff5c5c", "#4cc3ff", "#ffd84c", "#63e077", "#c88bff", "#ff9d42", "#53e0d2", "#ff7ec8", "#b8d94a"];
@@ -74,7 +75,7 @@ class Pane {
 
   // Shows volumes, [{url, window}], with a drawing (bytes) over them.
   show(key, grid, volumes, drawing, { paint = false, opacity = 0.6 } = {}) {
-    this.turn = this.turn.then(async () => {
+    this.turn = this.turn.then(() => this.drawnOnce(async () => {
       const nv = this.nv;
       const kept = sameGrid(this.grid, grid) ? [...nv.scene.crosshairPos] : null;
       const azimuth = [nv.scene.renderAzimuth, nv.scene.renderElevation];
@@ -93,11 +94,22 @@ class Pane {
       nv.refreshDrawing(true, false);
       if (kept) nv.scene.crosshairPos = kept;
       if (kept) [nv.scene.renderAzimuth, nv.scene.renderElevation] = azimuth;
-      nv.setDrawingEnabled(paint && state.tool !== "move");
-      nv.drawScene();
+      nv.setDrawingEnabled(paint && draws());
       link();
-    }).catch((error) => say(error.message, true));
+    })).catch((error) => say(error.message, true));
     return this.turn;
+  }
+
+  // Draws once, after several changes: NiiVue draws after each, which software renderers take long for.
+  async drawnOnce(changes) {
+    const { nv } = this, draw = nv.drawScene;
+    nv.drawScene = () => {};
+    try {
+      await changes();
+    } finally {
+      nv.drawScene = draw;
+      nv.drawScene();
+    }
   }
 
   where(location) {
@@ -176,19 +188,21 @@ function setDrawing(bytes) {
 }
 
 const painting = () => state.mask !== null && left.shows.startsWith("paint");
+const draws = () => !["move", "grow"].includes(state.tool); // a stroke of the mouse paints
 
 function setTool(tool) {
   state.tool = tool;
   document.querySelectorAll("[data-tool]").forEach((one) => one.setAttribute("aria-checked", one.dataset.tool === tool));
   left.nv.setPenValue(tool === "erase" ? 0 : state.label, tool === "fill");
   left.nv.opts.penSize = Number($("size").value);
-  left.nv.setDrawingEnabled(painting() && tool !== "move");
+  left.nv.setDrawingEnabled(painting() && draws());
+  document.querySelectorAll("[data-for]").forEach((one) => (one.hidden = (one.dataset.for === "grow") !== (tool === "grow")));
 }
 
 function setLabel(code) {
   state.label = code;
   document.querySelectorAll("[data-code]").forEach((one) => one.setAttribute("aria-checked", Number(one.dataset.code) === code));
-  setTool(state.tool === "fill" || state.tool === "pen" ? state.tool : "pen");
+  setTool(["fill", "pen", "grow"].includes(state.tool) ? state.tool : "pen");
 }
 
 function setSize(size) {
@@ -196,6 +210,13 @@ function setSize(size) {
   $("size-shown").textContent = $("size").value;
   setTool(state.tool);
 }
+
+function setTolerance(percent) {
+  $("tolerance").value = percent;
+  $("tolerance-shown").textContent = `${$("tolerance").value} %`;
+}
+
+const larger = (by) => (state.tool === "grow" ? setTolerance(Number($("tolerance").value) + by) : setSize(Number($("size").value) + by));
 
 // Fills the gaps of the chosen label between axial slices: by the mean of the signed distances to its border in the two
 // slices around a gap (Raya and Udupa 1990). Only background is painted over. NiiVue's own interpolation changes all
@@ -221,25 +242,22 @@ function fillBetween() {
   keepStroke();
 }
 
-// In voxels, by two passes over the slice: positive inside a label, negative outside.
-function signedDistance(slice, x, y, label) {
-  const distance = (inside) => {
-    const far = Float32Array.from(slice, (code) => ((code === label) === inside ? Infinity : 0));
-    const near = (i, j, a, b, cost) => {
-      if (i + a >= 0 && i + a < x && j + b >= 0 && j + b < y) {
-        far[i + x * j] = Math.min(far[i + x * j], far[i + a + x * (j + b)] + cost);
-      }
-    };
-    for (const way of [1, -1]) {
-      for (let n = 0; n < x * y; n++) {
-        const at = way > 0 ? n : x * y - 1 - n, i = at % x, j = Math.floor(at / x);
-        for (const [a, b, cost] of [[-1, 0, 1], [0, -1, 1], [-1, -1, Math.SQRT2], [1, -1, Math.SQRT2]]) near(i, j, a * way, b * way, cost);
-      }
-    }
-    return far;
-  };
-  const [within, outside] = [distance(true), distance(false)];
-  return within.map((value, at) => (value > 0 ? Math.min(value, x + y) - 0.5 : 0.5 - Math.min(outside[at], x + y)));
+// Gives the chosen label to what is joined to a clicked voxel. NiiVue's own tool (clickToSegment) takes everything
+// brighter or darker than the click, paints over other labels, and takes the wheel, which goes through the slices here.
+function growAt(event) {
+  const nv = left.nv, [x, y] = [event.offsetX * nv.uiData.dpr, event.offsetY * nv.uiData.dpr], tile = nv.tileIndex(x, y);
+  if (tile < 0 || nv.screenSlices[tile].axCorSag > 2) return; // beside the slices, or in the 3-D view
+  const [i, j, k] = nv.frac2vox(nv.screenXY2TextureFrac(x, y, tile, false)), [nx, ny, nz] = left.grid.shape;
+  if (![[i, nx], [j, ny], [k, nz]].every(([at, side]) => at >= 0 && at < side)) return;
+  keepStroke();
+  const bytes = nv.drawBitmap, { img, cal_min: low, cal_max: high } = nv.volumes[0], from = i + nx * (j + ny * k);
+  if (bytes[from] === state.label) throw new Error(`This voxel is ${labelName(state.label)} already; click beside it.`);
+  const tolerance = (Number($("tolerance").value) / 100) * (high - low);
+  const found = connected(bytes, img, left.grid.shape, from, tolerance);
+  for (const at of found) bytes[at] = state.label;
+  nv.refreshDrawing(true, false);
+  keepStroke();
+  say(`${labelName(state.label)} grew by ${found.length} voxels.`);
 }
 
 // ---- what is shown
@@ -644,7 +662,7 @@ async function follow() {
       say(job.result.warnings.join(" · ") || `${title(job.result)} is done.`, job.result.warnings.length > 0);
       return;
     }
-    await new Promise((resolve) => setTimeout(resolve, 150));
+    await new Promise((resolve) => setTimeout(resolve, 60));
   }
 }
 
@@ -661,7 +679,7 @@ async function cancel() {
 
 const KEYS = {
   p: () => setTool("pen"), f: () => setTool("fill"), e: () => setTool("erase"), v: () => setTool("move"),
-  "[": () => setSize(Number($("size").value) - 1), "]": () => setSize(Number($("size").value) + 1),
+  w: () => setTool("grow"), "[": () => larger(-1), "]": () => larger(1),
   i: () => fillBetween(), g: () => generate(), escape: () => cancel(), r: () => dice(), k: () => blink(), d: () => difference(),
   m: () => toggleOverlay(), "?": () => $("keys").showModal(),
 };
@@ -713,6 +731,8 @@ function listen() {
   $("right").onchange = doing(() => showRight($("right").value));
   $("channel").onchange = doing(() => showRight(shownId(right)));
   $("size").oninput = () => setSize($("size").value);
+  $("tolerance").oninput = () => setTolerance($("tolerance").value);
+  $("left-canvas").addEventListener("click", doing((event) => state.tool === "grow" && painting() && growAt(event)));
   $("overlay").oninput = () => right.nv.setDrawOpacity(Number($("overlay").value) / 100);
   document.querySelectorAll("[data-tool]").forEach((one) => (one.onclick = () => setTool(one.dataset.tool)));
   document.querySelectorAll("[data-copy]").forEach((one) => (one.onclick = doing(async () => {

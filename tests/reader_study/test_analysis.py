@@ -16,7 +16,7 @@ from reader_study.analysis import analyze
 from reader_study.answers import read_answers
 from reader_study.plan import Setting, power_table
 from reader_study.readers_and_cases import accuracy_covariance, equivalence, mean_figure, unlike_chance
-from reader_study.report import write_study_report
+from reader_study.report import number, write_study_report
 
 
 def analyzed(tmp_path, skill, seed=0, of_each=20, readers=3):
@@ -52,10 +52,29 @@ def test_every_statistic_is_in_the_report(tmp_path):
     assert "Anatomic region recognizable, but major parts of the images exhibit anatomic incorrectness" in page
     assert "<script" not in page and "http://" not in page and "https://" not in page
     found = json.loads((tmp_path / "report/report.json").read_text())
-    assert found["together"]["difference_p"] < 0.05 and found["together"]["readers"] == 3
+    together = found["together"]
+    assert together["difference_p"] < 0.05 and together["readers"] == 3
+    accuracy = together["accuracy"]
+    assert f"<td>{accuracy['standard_error']:.3f}</td><td>{accuracy['freedom']:.1f}</td>" in page
+    assert f"<td>ROC AUC</td><td>{together['auc']['value']:.2f}</td>" in page
     assert sum(found["scales"]["appearance"]["counts"]["reader_1"]["generated"]) == 20
     assert found["repeats"]["reader_1"]["decision"]["value"] == 1  # the simulated evidence is that of the first time
     assert len((tmp_path / "report/answers.csv").read_text().splitlines()) == 1 + 3 * (40 + 6 + 8)
+
+
+def test_the_first_sentence_names_what_is_shown(tmp_path, monkeypatch):
+    """Decisions that are not unlike chance do not hide a confidence that is."""
+    monkeypatch.setattr("reader_study.agreement.RESAMPLES", 4)  # of agreement, which is not looked at here
+    result, readings = analyzed(tmp_path, 0.8)
+    result["together"] |= {"difference_p": 0.2, "equivalence_p": 0.5, "auc_difference_p": 0.01}
+    write_study_report(result, readings, tmp_path / "report")
+    page = (tmp_path / "report/report.html").read_text()
+    assert "The study is too small to say" in page
+    assert f"its ROC AUC is {result['together']['auc']['value']:.2f}, which is not chance (p 0.010)" in page
+
+
+def test_numbers_have_no_negative_zero():
+    assert [number(value) for value in (-0.001, -0.006, 0.0, None)] == ["0.00", "-0.01", "0.00", "not defined"]
 
 
 def test_text_of_readers_is_only_text(tmp_path):

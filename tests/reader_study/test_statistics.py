@@ -1,5 +1,6 @@
 """The statistics of readers' studies against published examples."""
 
+from math import gamma
 from statistics import NormalDist
 
 import numpy as np
@@ -11,7 +12,14 @@ pytest.importorskip("pingouin")
 
 from reader_study.agreement import fleiss_kappa, icc_2k, intra_reader_kappa, krippendorff_alpha
 from reader_study.detection import auc, d_prime, d_prime_of_choice, equivalence_p, rate
-from reader_study.readers_and_cases import delong_covariance, difference_of_squares, equivalence, mean_figure
+from reader_study.readers_and_cases import (
+    delong_covariance,
+    difference,
+    difference_of_squares,
+    equivalence,
+    mean_figure,
+    unlike_chance,
+)
 
 NONE = np.nan
 
@@ -139,6 +147,47 @@ def test_obuchowski_rockette_of_two_models():
     assert found["p"] == pytest.approx(0.05123303, abs=1e-6)
     assert found["standard_error"] == pytest.approx(0.0206825, abs=1e-6)
     assert found["interval"] == pytest.approx((-0.0878671960, 0.0002665519), abs=1e-6)
+
+
+def test_obuchowski_rockette_of_ratings_by_hand():
+    """Two readers, five cases: from the ratings to the interval, in fractions.
+
+    Placements of the generated volumes: (3/4, 1, 1) and (0, 1/4, 1/2); of the real ones: (1, 5/6) and (1/2, 0). So the
+    areas are 11/12 and 1/4, their variances 1/48/3 + 1/72/2 = 1/72 and 1/16/3 + 1/8/2 = 1/12, and their covariance
+    1/32/3 + 1/24/2 = 1/32. Between the readers the variance is (2/3)^2/2 = 2/9.
+    """
+    scores = np.array([[1, 2, 2, 3, 5], [2, 4, 1, 2, 3.0]])
+    areas, covariance = delong_covariance(scores, np.array([False, False, True, True, True]))
+    assert areas == pytest.approx([11 / 12, 1 / 4], abs=1e-12)
+    assert covariance == pytest.approx(np.array([[1 / 72, 1 / 32], [1 / 32, 1 / 12]]), abs=1e-12)
+    found = mean_figure(areas, covariance)
+    assert found["value"] == pytest.approx(7 / 12, abs=1e-12)
+    assert found["standard_error"] == pytest.approx(np.sqrt(41 / 288), abs=1e-12)  # (2/9 + 2/32) / 2
+    assert found["freedom"] == pytest.approx(1681 / 1024, abs=1e-12)  # (2/9 + 2/32)^2 / (2/9)^2
+    ratio = (1 / 12) / np.sqrt(41 / 288)
+    assert unlike_chance(found) == pytest.approx(2 * (1 - student_t(ratio, 1681 / 1024)), abs=1e-6)
+
+
+def student_t(at, freedom):
+    """Student's distribution function by its density alone, summed up by Simpson's rule."""
+    places = np.linspace(0, at, 2001)
+    density = (1 + places**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = gamma((freedom + 1) / 2) / (np.sqrt(freedom * np.pi) * gamma(freedom / 2))
+    weights = np.array([1, *[4, 2] * 999, 4, 1])
+    return 0.5 + scale * float((weights * density).sum()) * at / 2000 / 3
+
+
+def test_two_models_by_hand():
+    """Areas 11/12 and 1/4 with one model, 1/2 and 1/4 with the other: MS(T) = MS(T:R) = 25/576; Cov2 - Cov3 = 1/96."""
+    own, other, across = np.full((2, 2), 1 / 48), np.full((2, 2), 1 / 96), 1 / 32
+    np.fill_diagonal(own, 1 / 24)
+    np.fill_diagonal(other, across)
+    found = difference(np.array([11 / 12, 1 / 4]), np.array([1 / 2, 1 / 4]), np.block([[own, other], [other, own]]))
+    assert found["value"] == pytest.approx(5 / 24, abs=1e-12)
+    assert found["f"] == pytest.approx(25 / 37, abs=1e-12)  # 25/576 / (25/576 + 2/96)
+    assert found["freedom"] == pytest.approx((37 / 25) ** 2, abs=1e-12)
+    assert found["standard_error"] == pytest.approx(np.sqrt(37 / 576), abs=1e-12)
+    assert found["p"] == pytest.approx(2 * (1 - student_t(np.sqrt(25 / 37), (37 / 25) ** 2)), abs=1e-6)
 
 
 def test_equivalence_is_two_one_sided_tests():

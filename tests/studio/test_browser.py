@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from studios import PATIENCE, TOKEN, RunningStudio, save_tiny_pipeline
 from tiny import labels_of
 
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ipyniivue") is None, reason="needs ipyniivue"),
 ]
 FLAGS = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+SMALL = {"width": 900, "height": 560}  # pixels take time in software
 SHAPE = (12, 16, 8)
 
 
@@ -35,10 +37,10 @@ def pipeline(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
 
 
-@pytest.fixture
-def address(pipeline, tmp_path):
-    """A studio behind a real server."""
-    studio = RunningStudio(pipeline, tmp_path / "sessions", niivue_module())
+@pytest.fixture(scope="module")
+def address(pipeline, tmp_path_factory):
+    """A studio behind a real server; each page has a session of its own."""
+    studio = RunningStudio(pipeline, tmp_path_factory.mktemp("studio") / "sessions", niivue_module())
     server = uvicorn.Server(uvicorn.Config(studio.app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -50,21 +52,29 @@ def address(pipeline, tmp_path):
     assert studio.failures == []
 
 
-@pytest.fixture
-def page(address):
-    """The page, once it is ready. The test fails for errors of its scripts, and for requests to anywhere else."""
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a window."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 720})
-        page.set_default_timeout(PATIENCE * 1000)
-        errors, elsewhere = [], []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda one: elsewhere.append(one.url) if not is_ours(one.url) else None)
-        page.goto(address)
-        until(lambda: page.evaluate("document.body.dataset.ready === 'true'"))
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(address, browser):
+    """The page, once it is ready. The test fails for errors of its scripts, and for requests to anywhere else."""
+    context = browser.new_context(viewport=SMALL)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    errors, elsewhere = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda one: elsewhere.append(one.url) if not is_ours(one.url) else None)
+    page.goto(address)
+    until(lambda: page.evaluate("document.body.dataset.ready === 'true'"))
+    yield page
+    context.close()
     assert elsewhere == []
     assert [error for error in errors if "400 (Bad Request)" not in error] == []
 
@@ -78,7 +88,7 @@ def until(true):
     end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def boxes(page):
@@ -90,6 +100,37 @@ def boxes(page):
 def generated(page, count):
     page.keyboard.press("g")
     until(lambda: page.evaluate("studio.state.results.size") == count and page.locator("#generate").is_enabled())
+
+
+def opened(page, button, file, loaded):
+    """Open a file by a button, and wait until `loaded`, which is JavaScript."""
+    with page.expect_file_chooser() as chooser:
+        page.locator(button).click()
+    chooser.value.set_files(file)
+    until(lambda: page.evaluate(loaded))
+
+
+def drawn(page, shape):
+    """The codes of the drawing (X, Y, Z)."""
+    return np.array(page.evaluate("[...studio.left.nv.drawBitmap]"), np.uint8).reshape(shape, order="F")
+
+
+def view(page, result):
+    """The voxels of a generated volume, as the page shows them."""
+    body = page.request.get(f"{page.url}api/results/{result}/view").body()
+    return nib.Nifti1Image.from_bytes(body).get_fdata(dtype=np.float32)
+
+
+def stroke(page, places):
+    """Paint over places on the axial slice, in shares of its width and height."""
+    x, y, width, height = axial_tile(page)
+    strokes = page.evaluate("studio.undo.past.length")
+    for number, (across, down) in enumerate(places):
+        page.mouse.move(x + across * width, y + down * height)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+    until(lambda: page.evaluate("studio.undo.past.length") == strokes + 1)
 
 
 def axial_tile(page):
@@ -107,23 +148,14 @@ def test_paint_generate_compare_and_download(page, pipeline, tmp_path):
     affine = np.diag([-1.0, 1.5, 2.0, 1.0])
     affine[:3, 3] = 30, -12, 5
     nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16), affine), tmp_path / "case.nii.gz")
-    with page.expect_file_chooser() as chooser:
-        page.locator("#open-mask").click()
-    chooser.value.set_files(tmp_path / "case.nii.gz")
-    until(
-        lambda: page.evaluate("studio.state.mask?.name") == "case" and page.evaluate("studio.undo.now?.length") == 1536
-    )
+    loaded = "studio.state.mask?.name === 'case' && studio.undo.now?.length === 1536"
+    opened(page, "#open-mask", tmp_path / "case.nii.gz", loaded)
+    page.set_viewport_size({"width": 1280, "height": 720})
     before = boxes(page)
 
     page.keyboard.press("2")
-    x, y, width, height = axial_tile(page)
     start, end = (0.2, 0.3), (0.4, 0.3)  # of the tile's width and height: in the patient's right half, in front
-    page.mouse.move(x + start[0] * width, y + start[1] * height)
-    page.mouse.down()
-    for share in (0.25, 0.3, 0.35, end[0]):
-        page.mouse.move(x + share * width, y + end[1] * height)
-    page.mouse.up()
-    until(lambda: page.evaluate("studio.undo.past.length") == 1)
+    stroke(page, [(share, 0.3) for share in (start[0], 0.25, 0.3, 0.35, end[0])])
 
     page.keyboard.press("Control+z")
     assert page.evaluate("studio.left.nv.drawBitmap.every((code) => code === 0)")
@@ -184,12 +216,10 @@ def test_wrong_files_are_refused_on_the_page(page, tmp_path):
     shown = page.locator("#mask").input_value()
     nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.int16), np.eye(4)), tmp_path / "seven.nii.gz")
     (tmp_path / "notes.nii.gz").write_text("not a volume")
+    said = "document.querySelector('#message.bad')?.textContent"
     for name, message in (("seven.nii.gz", "holds"), ("notes.nii.gz", "notes.nii.gz: ")):
-        page.evaluate("say = document.getElementById('message').textContent = ''")
-        with page.expect_file_chooser() as chooser:
-            page.locator("#open-mask").click()
-        chooser.value.set_files(tmp_path / name)
-        until(lambda: page.locator("#message.bad").count() == 1 and page.locator("#message").inner_text() != "")
+        page.evaluate("document.getElementById('message').textContent = ''")
+        opened(page, "#open-mask", tmp_path / name, f"Boolean({said})")
         assert (
             message in page.locator("#message").inner_text()
             and str(tmp_path) not in page.locator("#message").inner_text()
@@ -211,7 +241,7 @@ def test_gaps_between_slices_are_filled(page):
     )
     page.keyboard.press("i")
     until(lambda: page.evaluate("studio.undo.past.length") == 1)
-    filled = np.array(page.evaluate("[...studio.left.nv.drawBitmap]"), np.uint8).reshape(drawing.shape, order="F")
+    filled = drawn(page, drawing.shape)
     changed = filled != drawing
     assert (filled[changed] == 1).all() and (drawing[changed] == 0).all()
     assert not changed[:, :, [0, 1, 2, 6, 7, 8]].any()
@@ -220,3 +250,110 @@ def test_gaps_between_slices_are_filled(page):
     for k in (3, 4, 5):  # within the larger slice, around the smaller one
         ones = filled[:, :, k] == 1
         assert ones[3, 3:6].all() and not (ones & (drawing[:, :, 6] != 1)).any()
+
+
+def test_grow_takes_what_is_joined_and_looks_alike(page, tmp_path):
+    """A click labels voxels that are joined to it by faces, of its brightness within the tolerance, and unlabeled."""
+    brightness = np.random.default_rng(0).uniform(75, 125, SHAPE).astype(np.float32)  # of 0 to 1000
+    brightness[0] = np.linspace(0, 1000, SHAPE[1])[:, None]
+    brightness[2:8, 3:9, 1:6] += 400  # a block, one that touches it at an edge only, and a plate beside it
+    brightness[8:10, 9:12, 1:6] += 400
+    brightness[2:8, 11:13] += 400
+    nib.save(nib.Nifti1Image(brightness, np.diag([1.0, 1.5, 2.0, 1.0])), tmp_path / "scan.nii.gz")
+    opened(page, "#open-image", tmp_path / "scan.nii.gz", "studio.left.shows.startsWith('paint:')")
+    page.evaluate("Object.assign(studio.left.nv.volumes[0], { cal_min: 0, cal_max: 1000 })")
+    page.keyboard.press("2")
+    page.evaluate(  # label 2 lies on one column of the block
+        "([x, y]) => { for (let k = 0; k < 8; k++) studio.left.nv.drawBitmap[5 + x * (5 + y * k)] = 2; }", SHAPE[:2]
+    )
+    page.locator("#left-canvas").dispatch_event("pointerup")
+    until(lambda: page.evaluate("studio.undo.past.length") == 1)
+    before = drawn(page, SHAPE)
+
+    page.keyboard.press("1")
+    page.keyboard.press("w")
+    assert page.locator("#tolerance").is_visible() and not page.locator("#size").is_visible()
+    click_axial(page, 3, 4)
+    until(lambda: page.evaluate("studio.undo.past.length") == 2)
+    block = np.zeros(SHAPE, bool)
+    block[2:8, 3:9, 1:6] = True
+    expected = np.where(block & (before == 0), 1, before)
+    assert np.array_equal(drawn(page, SHAPE), expected)
+
+    page.keyboard.press("Control+z")
+    assert np.array_equal(drawn(page, SHAPE), before)
+    page.keyboard.press("Control+Shift+z")
+    assert np.array_equal(drawn(page, SHAPE), expected)
+
+    for _ in range(9):
+        page.keyboard.press("[")
+    assert page.locator("#tolerance-shown").inner_text() == "1 %"
+    click_axial(page, 5, 14)  # within 10 of its own brightness, among noise of 75 to 125
+    until(lambda: page.evaluate("studio.undo.past.length") == 3)
+    after, k = drawn(page, SHAPE), page.evaluate("studio.left.nv.frac2vox(studio.left.nv.scene.crosshairPos)[2]")
+    alike = (np.abs(brightness - brightness[5, 14, k]) <= 10) & (expected == 0)
+    parts = ndimage.label(alike)[0]
+    assert np.array_equal(after != expected, parts == parts[5, 14, k])
+    assert 1 < (after != expected).sum() < alike.sum() < (expected == 0).sum()
+
+    click_axial(page, 3, 4)  # has the label already
+    until(lambda: "click beside it" in page.locator("#message").inner_text())
+    assert np.array_equal(drawn(page, SHAPE), after)
+
+
+def click_axial(page, i, j):
+    """Click the middle of voxel (i, j) of the axial slice: i rises to the left of the screen, j upward."""
+    x, y, width, height = axial_tile(page)
+    columns, rows, _ = page.evaluate("studio.left.grid.shape")
+    page.mouse.click(x + (1 - (i + 0.5) / columns) * width, y + (1 - (j + 0.5) / rows) * height)
+
+
+def test_a_dropped_mask_is_edited_and_compared(page, tmp_path):
+    """A mask is dropped on the page; of its volume a part is generated again, and the difference shows which."""
+    shape = (40, 12, 8)
+    values = np.zeros(shape, np.int16)
+    values[4:36, 3:9, 2:6] = 2
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "long.nii.gz")
+    drop(page, tmp_path / "long.nii.gz")
+    until(lambda: page.evaluate("studio.state.mask?.name === 'long' && studio.undo.now?.length === 3840"))
+    assert page.locator("#drop").is_hidden()
+    assert np.array_equal(drawn(page, shape), values == 2)  # label 2 has code 1
+
+    generated(page, 1)
+    page.locator("#edit").select_option(label="Keep #1 but for my changes")
+    page.locator("#left-canvas").focus()
+    page.keyboard.press("2")
+    stroke(page, [(0.1, 0.5), (0.15, 0.5)])
+    painted = drawn(page, shape) != (values == 2)
+    generated(page, 2)
+    assert page.evaluate("[...studio.state.results.values()].map((one) => one.edited)") == [False, True]
+    first, second = (view(page, id) for id in page.evaluate("[...studio.state.results.keys()]"))
+    far = ndimage.distance_transform_edt(~painted) > 7  # mm; the surroundings are 6
+    assert far.any() and np.array_equal(first[far], second[far])
+    assert (first[painted] != second[painted]).all()
+
+    page.locator("#left").select_option(label="#1 long")
+    until(lambda: page.locator("#difference").is_enabled())
+    page.keyboard.press("d")
+    until(lambda: page.locator("#difference").get_attribute("aria-pressed") == "true")
+    low, high, shown = page.evaluate(
+        "(({ cal_min, cal_max, img }) => [cal_min, cal_max, [...img]])(studio.right.nv.volumes[0])"
+    )
+    assert np.array_equal(np.array(shown, np.float32).reshape(shape, order="F"), second - first)
+    assert high == -low == pytest.approx(np.abs(second - first).max(), rel=1e-6)
+    page.keyboard.press("d")
+    until(lambda: page.evaluate("studio.right.shows.startsWith('result:')"))
+    assert np.array_equal(np.array(page.evaluate("[...studio.right.nv.volumes[0].img]")), second.ravel(order="F"))
+
+
+def drop(page, file):
+    """Drag a file over the page, and drop it."""
+    page.evaluate(
+        "([bytes, name]) => { const data = new DataTransfer();"
+        " data.items.add(new File([Uint8Array.from(bytes)], name));"
+        " const send = (kind) => document.body.dispatchEvent("
+        "   new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));"
+        " send('dragenter'); window.overlay = !document.getElementById('drop').hidden; send('drop'); }",
+        [list(file.read_bytes()), file.name],
+    )
+    assert page.evaluate("window.overlay")

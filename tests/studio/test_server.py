@@ -106,7 +106,8 @@ def unpacked(client, path, folder):
 
 def test_nothing_is_served_without_the_token(studio):
     client = testclient.TestClient(studio.app, base_url="http://127.0.0.1:7860")
-    paths = ["/", "/studio.js", "/niivue.js", "/api/state", "/?token=", "/?token=wrong", "/api/state?token=" + TOKEN]
+    paths = ["/", "/studio.js", "/regions.js", "/niivue.js", "/api/state", "/?token=", "/?token=wrong"]
+    paths.append("/api/state?token=" + TOKEN)
     assert {path: client.get(path).status_code for path in paths} == dict.fromkeys(paths, 403)
     assert client.post("/api/uploads").status_code == 403
     client.cookies.set("medvolume_studio", "made-up")
