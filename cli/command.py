@@ -44,10 +44,12 @@ WRONG_ARGUMENTS = 2  # the exit status of a command whose arguments cannot be us
 TRACEBACK = "--traceback"
 ROOMS = (
     "files",
+    "cli",
     "volumes",
     "autoencoder",
     "diffusion",
     "pipelines",
+    "interop",
     "training",
     "evaluation",
     "reader_study",
