@@ -188,10 +188,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
         parsed = True
         status = imported_main()()
     except KeyboardInterrupt:
-        if TRACEBACK in sys.argv:
-            raise
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_interrupted(program)
     except Exception as error:
         message = users_message(error)
         if message is None or TRACEBACK in sys.argv:
@@ -209,7 +206,18 @@ def run_module(program: str, module: str, args: Sequence[str]) -> None:
     """
     sys.argv = [program, *args]
     _console[:] = [program, module]
-    runpy.run_module(module, run_name="__main__")
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except KeyboardInterrupt:  # before the module calls `run_command`
+        end_interrupted(program)
+
+
+def end_interrupted(program: str) -> NoReturn:
+    """End the program after Ctrl-C, in one line; with `--traceback`, raise the KeyboardInterrupt that is handled."""
+    if TRACEBACK in sys.argv:
+        raise
+    print(f"{program}: interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 _console: list[str] = []  # what `run_module` runs: its name, and its module
