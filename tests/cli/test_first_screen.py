@@ -43,7 +43,9 @@ def said(tmp_path_factory):
     (folder / "vae.yaml").write_text(yaml.safe_dump({"output": "out", "data": section}))
     pipeline = ROOT / "weights/hippocampus"
     return {
-        "generate": run("generate", "--pipeline", pipeline, "--masks", MASK, "--steps", "1", "--output", "o", folder=folder),
+        "generate": run(
+            "generate", "--pipeline", pipeline, "--masks", MASK, "--steps", "1", "--output", "o", folder=folder
+        ),
         "doctor": run("doctor", "--config", "vae.yaml", folder=folder),
     }
 

@@ -46,7 +46,9 @@ def run_page(
                     left.discard(start)
                 starts = [start for start in added or {} if line.startswith(start)]
                 left -= set(starts)
-                run_command(shlex.split(line, comments=True) + [word for start in starts for word in (added or {})[start]])
+                run_command(
+                    shlex.split(line, comments=True) + [word for start in starts for word in (added or {})[start]]
+                )
         elif kind != "text":
             pytest.fail(f"a block that nothing runs:\n```{kind}\n{code}")
     assert not left, f"no command of the page begins with {sorted(left)}"

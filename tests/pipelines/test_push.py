@@ -65,7 +65,10 @@ def test_documents_are_saved_with_the_weights_that_they_are_about(local, tmp_pat
     for same in (pipe, MedVolumeEditPipeline.from_pipe(pipe)):
         same.save_pretrained(tmp_path / "same")
         assert (tmp_path / "same/README.md").read_text() == CARD
-    for changed in (MedVolumePipeline.from_pretrained(local, unet=other), MedVolumePipeline.from_pipe(pipe, unet=other)):
+    for changed in (
+        MedVolumePipeline.from_pretrained(local, unet=other),
+        MedVolumePipeline.from_pipe(pipe, unet=other),
+    ):
         changed.save_pretrained(tmp_path / "changed")
         assert files(tmp_path / "changed") == MODELS | {"sampling.json"}
 

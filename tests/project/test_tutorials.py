@@ -58,7 +58,7 @@ def labels(shape=(28, 32, 24)) -> np.ndarray:
     """Two boxes of the labels 1 and 2 in a background."""
     array = np.zeros(shape, np.int16)
     array[6:12, 8:24, 8:16] = 1
-    array[12:22, 14:26, 10:20] = 2
+    array[20:26, 4:12, 4:10] = 2
     return array
 
 
@@ -112,7 +112,9 @@ def test_masks_and_volumes_from_nothing(folder):
     pipe = tiny_pipeline(labels=LABELS, condition_dropout={"mask": 0.1})
     pipe.save_pretrained(folder / "weights/hippocampus")
     map_pipeline().save_pretrained(folder / "weights/hippocampus-masks")
-    run_page(page("from_nothing.md", until="**Comparison"), added={"python generate.py": ["--count", "2", "--steps", "2"]})
+    run_page(
+        page("from_nothing.md", until="**Comparison"), added={"python generate.py": ["--count", "2", "--steps", "2"]}
+    )
     for number in range(2):
         mask, volume = Path(f"out/pairs/masks/map_{number:03d}.nii.gz"), Path(f"out/pairs/map_{number:03d}_000.nii.gz")
         assert nib.load(mask).shape == nib.load(volume).shape
@@ -176,7 +178,10 @@ def test_a_readers_study(folder):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("a\n\n    one \\\n      two\n\n```python\nx = 1\n```\n", [("", "", "one \\\n  two\n"), ("python", "", "x = 1\n")]),
+        (
+            "a\n\n    one \\\n      two\n\n```python\nx = 1\n```\n",
+            [("", "", "one \\\n  two\n"), ("python", "", "x = 1\n")],
+        ),
         ('```csv title="a/b.csv"\n    a,b\n```\n', [("csv", "a/b.csv", "    a,b\n")]),
         ("- item\n  continued\n", []),
     ],
@@ -186,7 +191,12 @@ def test_blocks_of_a_page(text, found):
 
 
 def test_a_page_that_fails_is_noticed(folder):
-    for text in ("```python\n1 / 0\n```\n", "\n\n    rm -r a\n", "```yaml\na: 1\n```\n", "\n\n    medvolume demo --x\n"):
+    for text in (
+        "```python\n1 / 0\n```\n",
+        "\n\n    rm -r a\n",
+        "```yaml\na: 1\n```\n",
+        "\n\n    medvolume demo --x\n",
+    ):
         with pytest.raises((ZeroDivisionError, AssertionError, pytest.fail.Exception)):
             run_page(text)
     with pytest.raises(AssertionError, match="no command of the page begins with"):

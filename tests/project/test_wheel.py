@@ -47,7 +47,7 @@ def test_every_data_file_is_named_in_the_packages_data():
 
 
 def builder(folder: Path) -> dict[str, str]:
-    """The environment in which setuptools of the version that pyproject asks for is found; skips where there is none."""
+    """The environment with the setuptools that pyproject asks for; skips where pip cannot get it."""
     (wanted,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), wanted]
     done = subprocess.run(command, capture_output=True, text=True)
