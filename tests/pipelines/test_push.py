@@ -14,6 +14,8 @@ from pipelines import MedVolumeEditPipeline, MedVolumePipeline, SamplingSettings
 from pipelines.storage.documents import UNFILLED
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+SHIPPED = sorted(path.parent.name for path in WEIGHTS.glob("*/model_index.json"))
+QUICK = "hippocampus-fast"  # a student
 MODELS = {"model_index.json", "scheduler/scheduler_config.json"} | {
     f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", "diffusion_pytorch_model.safetensors")
 }
@@ -42,8 +44,14 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-@pytest.mark.parametrize("kind", [MedVolumePipeline, MedVolumeEditPipeline])
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        ("push_to_hub", MedVolumePipeline),
+        ("save_pretrained", MedVolumePipeline),
+        ("push_to_hub", MedVolumeEditPipeline),
+    ],
+)
 def test_card_license_and_settings_are_uploaded(hub, local, tmp_path, way, kind):
     pipe = kind.from_pretrained(local)
     if way == "push_to_hub":
@@ -96,7 +104,7 @@ def test_a_link_that_leads_out_is_no_document(local, tmp_path):
         MedVolumePipeline.from_pretrained(local)
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in WEIGHTS.glob("*/model_index.json")))
+@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED])
 def test_a_shipped_pipeline_is_uploaded_with_its_card(name, hub):
     """Students too; as float16, which they are stored in, the weights are the same bytes."""
     MedVolumePipeline.from_pretrained(WEIGHTS / name, dtype=torch.float16).push_to_hub(f"user/{name}")

@@ -150,6 +150,7 @@ def test_training_commands_of_many_machines_are_taken(folder):
             assert (ROOT / config).is_file()
 
 
+@pytest.mark.slow
 def test_a_readers_study(folder):
     pytest.importorskip("statsmodels", reason="statsmodels is not installed (extra reader-study)")
     pytest.importorskip("krippendorff", reason="krippendorff is not installed (extra reader-study)")
