@@ -180,7 +180,9 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     again, because it is also called from Python.
     """
     program = program_name()
-    if not sys.stderr.isatty():  # other libraries draw progress bars into pipes and logs; `LiveBar` says itself what it does
+    if (
+        not sys.stderr.isatty()
+    ):  # other libraries draw progress bars into pipes and logs; `LiveBar` says itself what it does
         os.environ.setdefault("TQDM_DISABLE", "1")
     if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())

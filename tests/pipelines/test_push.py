@@ -104,7 +104,9 @@ def test_a_link_that_leads_out_is_no_document(local, tmp_path):
         MedVolumePipeline.from_pretrained(local)
 
 
-@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED])
+@pytest.mark.parametrize(
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED]
+)
 def test_a_shipped_pipeline_is_uploaded_with_its_card(name, hub):
     """Students too; as float16, which they are stored in, the weights are the same bytes."""
     MedVolumePipeline.from_pretrained(WEIGHTS / name, dtype=torch.float16).push_to_hub(f"user/{name}")
