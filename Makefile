@@ -25,7 +25,7 @@ help:
 	@echo "make bench        measure docs/performance.md, peers included, into out/bench/ (half an hour)"
 	@echo "make survive      kill training, generation and evaluation at random moments, into out/survival.json"
 	@echo "make mutants      plant the faults of tests/mutants/; the tests must notice 95 % per package, into out/mutants.jsonl"
-	@echo "make clean        remove .venv, .venv-lowest and out/"
+	@echo "make clean        remove .venv and out/"
 
 demo: $(VENV)/installed
 	$(PY) demo.py
@@ -43,7 +43,7 @@ test-slow: $(VENV)/installed-dev
 
 # On Linux, the lowest PyTorch of the package index is a CUDA build of gigabytes: TORCH=2.13.0+cpu asks for another one,
 # and UV_FIND_LINKS=FOLDER names the folder with its file. TESTS=tests runs all tests.
-LOWEST := .venv-lowest
+LOWEST := $(VENV)/lowest
 TORCH  ?=
 TESTS  ?= tests/autoencoder tests/cli tests/diffusion tests/files tests/interop $(wildcard tests/pipelines/test_pipeline*.py) \
 	tests/pipelines/test_diffusers_machinery.py
@@ -77,7 +77,7 @@ survive: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.survival --kills 30 --output out/survival.json
 
 clean:
-	rm -rf $(VENV) $(LOWEST) out
+	rm -rf $(VENV) out
 
 $(PY):
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: install one, or say make PYTHON=/path/to/python" >&2; exit 1; }

@@ -43,6 +43,7 @@ def check_quiet(done: subprocess.CompletedProcess[str]) -> None:
         assert word not in text, text
 
 
+@pytest.mark.slow
 def test_generation_prints_nothing_of_other_libraries(tmp_path):
     pipeline = ROOT / "weights/hippocampus"
     words = ["generate", "--pipeline", pipeline, "--masks", MASK, "--steps", "1", "--output", "out"]

@@ -68,7 +68,7 @@ def test_card_license_and_settings_are_uploaded(hub, local, tmp_path, way, kind)
     assert back.documents["LICENSE"] == b"CC BY 4.0" and back.documents["README.md"].endswith(CARD.encode())
 
 
-def test_documents_are_saved_with_the_weights_that_they_are_about(local, tmp_path):
+def test_documents_stay_with_their_weights(local, tmp_path):
     pipe, other = MedVolumePipeline.from_pretrained(local), tiny_pipeline(seed=1).unet
     for same in (pipe, MedVolumeEditPipeline.from_pipe(pipe)):
         same.save_pretrained(tmp_path / "same")
@@ -81,7 +81,7 @@ def test_documents_are_saved_with_the_weights_that_they_are_about(local, tmp_pat
         assert files(tmp_path / "changed") == MODELS | {"sampling.json"}
 
 
-def test_a_pipeline_without_a_card_gets_a_short_one_or_keeps_the_hubs(hub):
+def test_without_a_card_there_is_a_short_one_or_the_hubs(hub):
     pipe = tiny_pipeline()
     pipe.push_to_hub("user/tiny")
     place = hub("user/tiny") / "README.md"
