@@ -84,8 +84,8 @@ def test_conditions(folder):
     found = run_page(page("tutorials/conditions.md"), added=fewer)
     woman, anyone = (np.asarray(found[name].dataobj) for name in ("woman", "anyone"))
     assert woman.shape == made.SHAPE and not np.array_equal(woman, anyone)
-    assert read_sidecar("out/wanted/woman_63_000.json")["classes"] == {"sex": "F"}
-    assert not read_sidecar("out/wanted/anyone_000.json").get("classes")
+    assert read_sidecar("out/wanted/woman_63_000.nii.gz")["classes"] == {"sex": "F"}
+    assert not read_sidecar("out/wanted/anyone_000.nii.gz").get("classes")
     assert (folder / "out/sex.json").is_file()
 
 
