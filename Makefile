@@ -11,20 +11,21 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-slow fuzz mutants lint format bench survive clean
+.PHONY: help demo docs test test-slow test-lowest fuzz mutants lint format bench survive clean
 
 help:
-	@echo "make demo       sample from the shipped weights into out/demo/"
-	@echo "make test       run the tests; WORKERS=8 for more processes"
-	@echo "make test-slow  run the tests that take minutes: every recipe, trained and sampled at a small size"
-	@echo "make docs       write the documentation site into out/site/"
-	@echo "make lint       run ruff and pyright, as CI does"
-	@echo "make format     apply ruff's fixes"
-	@echo "make fuzz       read 10,000 damaged files; each must be read correctly or refused by name"
-	@echo "make bench      measure docs/performance.md, peers included, into out/bench/ (half an hour)"
-	@echo "make survive    kill training, generation and evaluation at random moments, into out/survival.json"
-	@echo "make mutants    plant the faults of tests/mutants/; the tests must notice 95 % per package, into out/mutants.jsonl"
-	@echo "make clean      remove .venv and out/"
+	@echo "make demo         sample from the shipped weights into out/demo/"
+	@echo "make test         run the tests; WORKERS=8 for more processes"
+	@echo "make test-slow    run the tests that take minutes: every recipe, trained and sampled at a small size"
+	@echo "make test-lowest  run a quick part of the tests with the lowest versions that pyproject.toml allows"
+	@echo "make docs         write the documentation site into out/site/"
+	@echo "make lint         run ruff and pyright, as CI does"
+	@echo "make format       apply ruff's fixes"
+	@echo "make fuzz         read 10,000 damaged files; each must be read correctly or refused by name"
+	@echo "make bench        measure docs/performance.md, peers included, into out/bench/ (half an hour)"
+	@echo "make survive      kill training, generation and evaluation at random moments, into out/survival.json"
+	@echo "make mutants      plant the faults of tests/mutants/; the tests must notice 95 % per package, into out/mutants.jsonl"
+	@echo "make clean        remove .venv and out/"
 
 demo: $(VENV)/installed
 	$(PY) demo.py
@@ -39,6 +40,15 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow -o faulthandler_timeout=3600
+
+# On Linux, the lowest PyTorch of the package index is a CUDA build of gigabytes: TORCH=2.13.0+cpu asks for another one,
+# and UV_FIND_LINKS=FOLDER names the folder with its file. TESTS=tests runs all tests.
+LOWEST := $(VENV)/lowest
+TORCH  ?=
+TESTS  ?= tests/autoencoder tests/cli tests/diffusion tests/files tests/interop $(wildcard tests/pipelines/test_pipeline*.py) \
+	tests/pipelines/test_diffusers_machinery.py
+test-lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
@@ -81,3 +91,9 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(PY)
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	@touch $@ $(VENV)/installed
+
+$(LOWEST)/installed: pyproject.toml | $(PY)
+	$(PY) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]' $(if $(TORCH),torch==$(TORCH))
+	@touch $@

@@ -2,7 +2,7 @@
 
     python demo.py [--output DIR]
 
-Everything goes to out/demo/. Run the same command again to resume.
+Everything goes to out/demo/ of the working directory. Run the same command again to resume.
 """
 
 import argparse
@@ -15,9 +15,8 @@ from pathlib import Path
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
 
-ROOT = Path(__file__).resolve().parent
-WEIGHTS = ROOT / "weights"
-OUTPUT = ROOT / "out" / "demo"
+WEIGHTS = Path(__file__).resolve().parent / "weights"  # of the clone; an installed package has none
+OUTPUT = Path("out/demo")  # in the working directory
 EXAMPLES = "examples.csv"
 
 
@@ -58,7 +57,10 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int | None = None
     steps = [] if num_inference_steps is None else ["--steps", str(num_inference_steps)]
     tables = sorted(weights.glob(f"*/{EXAMPLES}"))
     if not tables:
-        raise ValueError(f"{weights}: contains no pipeline with an {EXAMPLES}; is the clone complete?")
+        raise ValueError(
+            f"{weights}: contains no pipeline with an {EXAMPLES}; the pipelines are in the clone, so type "
+            "medvolume demo --weights CLONE/weights"
+        )
     described = {table.parent: MedVolumePipeline.from_pretrained(table.parent).data for table in tables}
     for table in tables:
         rows, folder = read_table(table), output / table.parent.name

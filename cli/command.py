@@ -44,10 +44,12 @@ WRONG_ARGUMENTS = 2  # the exit status of a command whose arguments cannot be us
 TRACEBACK = "--traceback"
 ROOMS = (
     "files",
+    "cli",
     "volumes",
     "autoencoder",
     "diffusion",
     "pipelines",
+    "interop",
     "training",
     "evaluation",
     "reader_study",
@@ -178,6 +180,10 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     again, because it is also called from Python.
     """
     program = program_name()
+    if (
+        not sys.stderr.isatty()
+    ):  # other libraries draw progress bars into pipes and logs; `LiveBar` says itself what it does
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())
     parsed = False
@@ -186,10 +192,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
         parsed = True
         status = imported_main()()
     except KeyboardInterrupt:
-        if TRACEBACK in sys.argv:
-            raise
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_interrupted(program)
     except Exception as error:
         message = users_message(error)
         if message is None or TRACEBACK in sys.argv:
@@ -207,7 +210,18 @@ def run_module(program: str, module: str, args: Sequence[str]) -> None:
     """
     sys.argv = [program, *args]
     _console[:] = [program, module]
-    runpy.run_module(module, run_name="__main__")
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except KeyboardInterrupt:  # before the module calls `run_command`
+        end_interrupted(program)
+
+
+def end_interrupted(program: str) -> NoReturn:
+    """End the program after Ctrl-C, in one line; with `--traceback`, raise the KeyboardInterrupt that is handled."""
+    if TRACEBACK in sys.argv:
+        raise
+    print(f"{program}: interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 _console: list[str] = []  # what `run_module` runs: its name, and its module

@@ -103,6 +103,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         residual_noise = self._data.residual_noise
         self.noise_model = None if residual_noise is None else ResidualNoiseModel(residual_noise)
         self.sampling_settings = SamplingSettings()
+        self.documents: dict[str, bytes] = {}  # README.md and the like of the folder that it was loaded from
         self._running, self._last = [], CallState()
 
     # Requests -> prepared volumes
@@ -197,7 +198,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             box_image=None if of_box is None else describe_mask(of_box),
             channels=self.volume_processor.generated(request.images) or None,
             residual_noise=None if self.noise_model is None else sampling.residual_noise,
-            license=self.vae.config.get("license") or self.unet.config.get("license"),
+            license=self.license,
         )
 
     def check_guidance(self, scale: Guidance, volumes: Iterable[PreparedVolume]) -> None:

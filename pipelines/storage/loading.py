@@ -31,6 +31,7 @@ from pipelines.inputs.conditions import check_described
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.description import DataDescription
 
+from .documents import document_files
 from .sampling_settings import SAMPLING
 
 # Top-level packages that hold components of a pipeline.
@@ -75,7 +76,8 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
-    _check_inside(folder, ["model_index.json", SAMPLING, *COMPONENTS])
+    documents = [path.name for path in document_files(folder)]
+    _check_inside(folder, ["model_index.json", SAMPLING, *documents, *COMPONENTS])
     index = read_object(folder / "model_index.json")
     named = index.get("_class_name")
     if not isinstance(named, str) or not (

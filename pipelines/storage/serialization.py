@@ -36,6 +36,7 @@ from pipelines.inputs.masks import replaced_labels
 from pipelines.lora_state import lora_digest
 from volumes.description import DataDescription
 
+from .documents import CARD, DOCUMENTS, hub_card, read_documents, write_documents
 from .loading import COMPONENTS as PARTS
 from .loading import OPTIONAL, check_autoguidance, check_folder, check_weak, load_unet
 from .provenance import Tensors, content_hash, memory_tensors, stored_tensors
@@ -71,8 +72,9 @@ class PipelineIOMixin(DiffusionPipeline):
         if folder is None:
             try:
                 folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
-                of_hub = {name: kwargs[name] for name in HUB if name in kwargs}  # diffusers leaves this file out
-                snapshot_download(str(pretrained_model_name_or_path), allow_patterns=[SAMPLING], **of_hub)
+                of_hub = {name: kwargs[name] for name in HUB if name in kwargs}  # diffusers leaves these files out
+                ours = [SAMPLING, *DOCUMENTS]
+                snapshot_download(str(pretrained_model_name_or_path), allow_patterns=ours, **of_hub)
             except (OSError, HFValidationError) as error:
                 raise not_on_the_hub(str(pretrained_model_name_or_path), error) from error
         check_folder(folder, kwargs)
@@ -89,6 +91,7 @@ class PipelineIOMixin(DiffusionPipeline):
             except ValueError as error:
                 raise ValueError(f"{folder / 'scheduler'}: {error}; or load it with scheduler=...") from error
         pipe.sampling_settings = settings
+        pipe.documents = {} if _others(kwargs) else read_documents(folder)
         try:
             pipe._check_sampling(with_steps=kwargs.get("scheduler") is None)
         except ValueError as error:
@@ -114,6 +117,7 @@ class PipelineIOMixin(DiffusionPipeline):
         parts = {name: getattr(pipeline, name, None) for name in PARTS}
         pipe = cls(**{"data": pipeline.config.get("data"), **parts, **kwargs})
         pipe.sampling_settings = getattr(pipeline, "sampling_settings", pipe.sampling_settings)
+        pipe.documents = {} if _others(kwargs) else getattr(pipeline, "documents", {})
         return pipe.to(dtypes[-1]) if dtypes else pipe
 
     def save_pretrained(  # the order of diffusers' own
@@ -127,14 +131,16 @@ class PipelineIOMixin(DiffusionPipeline):
     ) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the
         scheduler with the options in effect, for a file does not tell those that somebody set from a class's defaults,
-        and `sampling_settings` as sampling.json. A new folder appears in one step; in an older one other files stay,
-        and killed in between it has no model_index.json (`files.atomic.atomic_parts`).
+        `sampling_settings` as sampling.json, and the `documents`. A new folder appears in one step; in an older one
+        other files stay, and killed in between it has no model_index.json (`files.atomic.atomic_parts`).
 
         Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler or sampling
         settings that do not fit the model, FileError if `save_directory` is a file, TypeError for keywords that it does
         not read, before anything is written.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)  # diffusers' default would be the unfinished folder
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.unet.check_no_lora()
@@ -153,6 +159,7 @@ class PipelineIOMixin(DiffusionPipeline):
                         _copy_files(folder / name, unfinished / name)
                 if self.sampling_settings != SamplingSettings() or (folder / SAMPLING).exists():
                     write_sampling(self.sampling_settings, unfinished)
+                write_documents(self.documents, unfinished)
                 super().save_pretrained(
                     str(unfinished),
                     variant=variant,
@@ -162,6 +169,15 @@ class PipelineIOMixin(DiffusionPipeline):
                 )
         finally:
             self.scheduler = own
+
+    def _upload_folder(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload a saved folder, for `push_to_hub` and `save_pretrained`, with a card of the pipeline's in place of the
+        one that diffusers wrote into it: its own, or else the repository's, or a short one; each with the license."""
+        place = Path(working_dir) / CARD
+        if place.is_file():  # diffusers writes none into a subfolder
+            card = self.documents.get(CARD) or place.read_bytes()
+            place.write_text(hub_card(card.decode(errors="replace"), self.data, self.license), encoding="utf-8")
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; `model_hash` is computed first, while the weights are in memory."""
@@ -210,12 +226,18 @@ class PipelineIOMixin(DiffusionPipeline):
             self.maybe_free_model_hooks()  # hooks all components again
 
     sampling_settings: SamplingSettings
+    documents: dict[str, bytes]
     _data: DataDescription
 
     @property
     def data(self) -> DataDescription:
         """The description of the training set: labels, spacing, intensity scales, shapes (`volumes.describe`)."""
         return self._data
+
+    @property
+    def license(self) -> str | None:
+        """The license of the weights, where generated volumes must name it; None for weights without such terms."""
+        return self.vae.config.get("license") or self.unet.config.get("license")
 
     @property
     def model_hash(self) -> str:
@@ -265,6 +287,11 @@ class PipelineIOMixin(DiffusionPipeline):
         models: list[Any] = [getattr(self, name) for name in COMPONENTS]
         types = {model.dtype for model in models} | {p.dtype for model in models for p in model.parameters()}
         return " ".join(sorted(str(one).removeprefix("torch.") for one in types))
+
+
+def _others(given: Mapping[str, Any]) -> bool:
+    """Return whether one of these components has other weights than the folder's, whose documents are not about it."""
+    return any(given.get(name) is not None for name in COMPONENTS)
 
 
 def _copy_files(source: Path, target: Path) -> None:

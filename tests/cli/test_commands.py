@@ -256,6 +256,7 @@ def run_script(path, *args, **environment):
             "command.py: error: No module named 'nowhere'; pip install it, or run this with .venv/bin/python",
         ),
         ("raise KeyboardInterrupt", INTERRUPTED, "command.py: interrupted\n"),
+        ("from tqdm import tqdm; list(tqdm([1]))", 0, ""),  # a bar of another library
         ("return 3", 3, ""),
         ("return {}", 0, ""),
     ],

@@ -2,19 +2,14 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import diffusers.models.attention_dispatch as dispatch
-import diffusers.models.modeling_utils
-import diffusers.pipelines.pipeline_utils
-import diffusers.utils.hub_utils
-import huggingface_hub
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload
+from fake_hub import fake_hub
 from generating import generate
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from torch.autograd.graph import saved_tensors_hooks
@@ -316,23 +311,8 @@ def test_offloading_without_an_accelerator_is_one_line():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub in a folder: uploads land in the layout of the local cache, from which an offline client loads."""
-    commit = "0" * 40
-
-    def upload(*, repo_id, folder_path, **_):
-        repo = tmp_path / "hub" / f"models--{repo_id.replace('/', '--')}"
-        shutil.copytree(folder_path, repo / "snapshots" / commit, dirs_exist_ok=True)
-        (repo / "refs").mkdir()
-        (repo / "refs" / "main").write_text(commit)
-
-    def no_card(*args, **kwargs):
-        raise EntryNotFoundError("no card yet")
-
-    for module in (diffusers.utils.hub_utils, diffusers.pipelines.pipeline_utils, diffusers.models.modeling_utils):
-        monkeypatch.setattr(module, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(diffusers.utils.hub_utils, "upload_folder", upload)
-    monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
-    return lambda repo_id: tmp_path / "hub" / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
+    """A Hub in a folder: repository -> the folder of what it holds."""
+    return fake_hub(tmp_path / "hub", monkeypatch)
 
 
 def check_pushed(folder, expected: set[str]):

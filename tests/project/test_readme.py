@@ -42,3 +42,15 @@ def test_it_is_short_and_its_links_lead_somewhere():
     assert len(lines) <= 100 and max(map(len, lines)) <= 120
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_six_files_to_read_first_have_what_is_said():
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Read these six files first")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) == 6
+    code = {file: (ROOT / file).read_text() for file, _ in rows}
+    for file, look in rows:
+        for name in re.findall(r"`([\w.]+)`", look.partition(":")[0]):
+            assert re.search(rf"^ *(def|class) {name.rpartition('.')[2]}\b", code[file], re.MULTILINE), (file, name)
+    assert [one for one in re.findall(r"`([\w/]+\.py)`", section) if not (ROOT / one).is_file()] == []
+    assert sum(text.count("\n") for text in code.values()) < 1_700
