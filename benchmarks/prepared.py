@@ -67,8 +67,10 @@ def write_set(folder: Path, count: int, side: int) -> list[str]:
 
 
 def preparation(folder: Path, count: int, side: int) -> dict[str, float]:
-    """Return seconds to prepare `count` volumes by processes and cores; twice each, the faster one. They include the
-    start of the second process, 4 s, most of it the import of torch."""
+    """Return seconds to prepare `count` volumes by processes and cores; twice each, the faster one.
+
+    They include the start of the second process, 4 s, most of it the import of torch.
+    """
     write_set(folder / "large", count, side)
     code = (
         "import os, sys, time; from volumes import DataConfig, load_cases; "
