@@ -16,8 +16,9 @@ masks have one stem, as of 'DIR/*/tumour.nii.gz', it is what differs in their pa
 --split takes the masks, classes, numbers and condition channels of the cases of one or more splits, under their names,
 and applies the data's label_map. The pipeline is then that of the config's training, unless --pipeline names another;
 labels that it calls by other names are refused, unless --label_map translates them. Masks of DICOM-SEG and RTSTRUCT are
-read with the image of their case, and masks on other grids are resampled (data.resample_to), both as in training. Where
-training cut its cases to a box (data.crop), the case's image sets it, and the whole grid is written.
+read with the image of their case, as in training. Where training resampled a case (data.resample_to), its mask is
+written to OUTPUT/masks as training read it: on the image's grid, in the box that all its volumes show. The volume has
+that grid. Where training cut its cases to a box (data.crop), the case's image sets it, and the whole grid is written.
 
 The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are

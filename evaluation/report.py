@@ -4,12 +4,14 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
@@ -57,7 +59,7 @@ def provenance() -> Provenance:
     import torch  # here, because commands parse their arguments before it is imported
 
     return {
-        "command": " ".join(["python", program(), *sys.argv[1:]]),
+        "command": f"{console_program() or f'python {program()}'} {shlex.join(sys.argv[1:])}".rstrip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "machine": machine(),
@@ -73,7 +75,7 @@ def program() -> str:
         return path.name
     script = path.relative_to(ROOT)
     module = ".".join(script.with_suffix("").parts).removesuffix(".__main__")
-    return f"-m {module}" if module in sys.orig_argv else str(script)
+    return f"-m {module}" if ["-m", module] in map(list, pairwise(sys.orig_argv)) else str(script)
 
 
 def machine() -> Machine:

@@ -77,7 +77,8 @@ def serve(settings: ServerSettings) -> None:
         )
         config = uvicorn.Config(make_app(studio), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
-        server.should_exit = bool(failures)  # of a model that could not be loaded before there was a server
+        if failures:  # the model could not be loaded, before `failed` knew of the server
+            server.should_exit = True
         if not is_loopback(settings.host):
             print(RISK.format(host=settings.host, port=port), flush=True)
         print(f"The studio is at {address(settings.host, port)}/?token={studio.token}", flush=True)

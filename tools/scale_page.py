@@ -79,16 +79,16 @@ def cohort_text(report: Mapping[str, Any]) -> str:
         losses = "the same losses as" if found["same_losses"] else "other losses than"
         text += (
             f"\nBoth trainings on {found['cases']} volumes, {gib(sizes['prepared'])} prepared, in a cache limited to "
-            f"{gib(one['limit'])}: it never held more than {gib(one['largest_cache'])}, and they had {losses} in an "
-            f"unlimited one ({origin(found)}).\n"
+            f"{gib(one['limit'])}: it held {gib(one['largest_cache'])} at most, and they had {losses} in an unlimited "
+            f"one ({origin(found)}).\n"
         )
     if "cohort" in report:
         found = report["cohort"]
         peak = max(found[script]["peak_mib"] for script in ("train_vae", "train_ldm"))
         text += (
             f"\n{found['cases']:,} volumes of {' x '.join(map(str, found['shape']))} voxels, "
-            f"{gib(found['prepared'])} prepared, in a cache limited to {gib(found['limit'])}: it never held more than "
-            f"{gib(found['largest_cache'])}, and a process took {peak:,.0f} MiB ({origin(found)}).\n"
+            f"{gib(found['prepared'])} prepared, in a cache limited to {gib(found['limit'])}: it held "
+            f"{gib(found['largest_cache'])} at most, and a process took {peak:,.0f} MiB ({origin(found)}).\n"
         )
     return text
 
@@ -109,9 +109,9 @@ def evaluation_text(report: Mapping[str, Any]) -> str:
 def origin(report: Mapping[str, Any]) -> str:
     """Name the command, the machine, the commit and the date of a report."""
     machine = report["machine"]
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     return (
-        f"`{report['command']}`, {machine['cores']} cores, {machine['processor']}, commit {report['commit']}, "
-        f"{report['date'][:10]}"
+        f"`{report['command']}`, {cores} of an {machine['processor']}, commit {report['commit']}, {report['date'][:10]}"
     )
 
 

@@ -1,6 +1,6 @@
 """Compare the speed of two versions of medvolume on this machine.
 
-    git worktree add ../before v0.0
+    git worktree add ../before COMMIT
     python -m benchmarks.speed.before_after --before ../before --output out/before_after.json
 
 Each version has a process. They run each job in turn, so that a drift of the machine affects both. The report holds all
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from cli.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, CannotContinue, run_command
 from cli.settings import Number, PositiveInt
 
 HERE = Path(__file__).resolve().parents[2]
@@ -62,7 +62,8 @@ ready = {}
 for line in sys.stdin:
     job = int(line)
     if job not in ready:
-        ready = {job: setups[job]()}  # one at a time in memory
+        ready.clear()  # one at a time in memory
+        ready[job] = setups[job]()
         ready[job]()
     start = time.perf_counter()
     ready[job]()
@@ -110,7 +111,7 @@ def compare(folders: Mapping[str, Path], repeats: int) -> dict[str, object]:
         for number, job in enumerate(tqdm(JOBS, desc="jobs", disable=None)):
             seconds: dict[str, list[float]] = {name: [] for name in folders}
             for round_ in range(repeats):
-                for name in sorted(folders, reverse=round_ % 2 == 0):  # each is the first one as often
+                for name in sorted(folders, reverse=round_ % 2 == 0):  # each is the first one in half of the rounds
                     seconds[name].append(time_once(processes[name], number))
             ratio = statistics.median(seconds["after"]) / statistics.median(seconds["before"])
             found[job] = {"seconds": seconds, "after / before": ratio}
@@ -127,17 +128,23 @@ def started(folder: Path) -> subprocess.Popen[str]:
 
 
 def time_once(process: subprocess.Popen[str], job: int) -> float:
-    """Return the seconds of one run of a job. Raises: RuntimeError if the process has ended."""
+    """Return the seconds of one run of a job. Raises: CannotContinue if the process has ended."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(f"{job}\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
+    try:
+        process.stdin.write(f"{job}\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
     if not answer:
-        raise RuntimeError(f"a version ended at {JOBS[job]!r}; its error stands above")
+        raise CannotContinue(f"a version ended at {JOBS[job]!r}; its error stands above")
     return float(answer)
 
 
 def commit(folder: Path) -> str:
-    """Return the commit of a clone."""
-    done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    """Return the commit of a clone, with a + for one that was changed. Raises: ValueError for another folder."""
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"--before {folder}: is not a clone or a worktree of git: {done.stderr.strip()}")
     return done.stdout.strip()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from files.paths import path_inside
 from pipelines import describe_mask, read_sidecar
+from pipelines.inputs.case_requests import MASKS
 from volumes import (
     PADDING,
     PHANTOM_LABELS,
@@ -51,8 +52,8 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 @dataclass(frozen=True)
 class Pair:
     """One volume to train or test on: the case whose mask it has, and its files, one per channel, if they are not the
-    case's own; the box of `data.crop` in which these were generated, if it is recorded; and whether the case itself,
-    with its mask, was generated.
+    case's own; the box of `data.crop` in which these were generated, if it is recorded; and whether generate.py wrote
+    the mask: a generated one, or one that training resampled.
     """
 
     case: Case
@@ -101,7 +102,10 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
         for volume, parts in made.get(case.name, []):
             path = folder / f"{volume}.nii.gz"
             files_of = tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)
-            pairs.append(Pair(case, files_of, _recorded_box(path)))
+            if mask := _resampled_mask(path, folder, case):
+                pairs.append(Pair(replace(case, mask=mask), files_of, generated_mask=True))
+            else:
+                pairs.append(Pair(case, files_of, _recorded_box(path)))
     if split == "train":
         pairs += _of_generated_masks(folder, files, channels, masks)
     if not pairs:
@@ -110,6 +114,18 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
             "(<mask>_000.nii.gz)"
         )
     return pairs
+
+
+def _resampled_mask(path: Path, folder: Path, case: Case) -> Path | None:
+    """Return the mask of a volume in `folder`/masks, where generate.py writes masks that training resampled; None if it
+    was generated from another file. Raises: ValueError if that mask changed since.
+    """
+    record, mask = (read_sidecar(path) or {}).get("mask"), folder / MASKS / f"{case.name}.nii.gz"
+    if record is None or record.get("file") != mask.name or not mask.is_file():
+        return None
+    if describe_mask(mask)["sha256"] != record.get("sha256"):
+        raise ValueError(f"{path}: was generated from another mask than {mask}; generate it again")
+    return mask
 
 
 def _of_generated_masks(
@@ -125,7 +141,7 @@ def _of_generated_masks(
         if record is None or _mask_of(volume, known) is not None:
             continue
         try:
-            mask = path_inside(folder / "masks", record.get("file"), f"the sidecar of {path}: mask")
+            mask = path_inside(folder / MASKS, record.get("file"), f"the sidecar of {path}: mask")
         except ValueError:  # not there, without a name, or elsewhere
             continue
         if read_sidecar(mask) is None:  # the user's own, of an unknown subject
@@ -226,9 +242,10 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     at its spacing."""
     case = pair.case
     if pair.generated_mask:
-        config = replace(of_generated(config), crop=config.crop)  # there is a mask for a box of labels
+        # There is a mask for a box of labels, and all lies on its grid.
+        config = replace(of_generated(config), crop=config.crop, resample_to=None)
     if config.resample_to is not None and pair.generated is None:
-        return _aligned(case, read_case(case, config), config)
+        return _read_resampled(case, config)
     if case.phantom is not None:
         drawn = read_case(case, config)
         assert drawn.mask is not None
@@ -244,12 +261,7 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         parts = [
             read_volume(path, time_point=number, **config.reading) for path, number in zip(files, numbers, strict=True)
         ]
-        channel = config.resample_to or next(iter(config.patterns))
-        grid = parts[list(config.patterns).index(channel)]
-        name, mask = str(files[0]), read_mask(case.mask, like=grid, **config.mask_reading)
-        stored = StoredCase(dict(zip(config.patterns, parts, strict=True)), mask)
-        if config.resample_to is not None and same_grid(grid, _reference(case, channel, config)):
-            return _aligned(replace(case, box=_box(pair, stored, config)), stored, config)
+        name, mask = str(files[0]), read_mask(case.mask, like=parts[0], **config.mask_reading)
         for path, part in zip(files, parts, strict=True):
             if not same_grid(part, mask):
                 raise VolumeError(
@@ -268,11 +280,6 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     if config.spacing is not None:
         image, mask = resample(image, config.spacing), resample(mask, config.spacing, nearest=True)
     return image, mask
-
-
-def _reference(case: Case, channel: str, config: DataConfig) -> Volume:
-    """The case's own image, onto whose grid the training resampled its mask."""
-    return read_volume(case.images[channel], time_point=config.volume_number(channel), **config.reading)
 
 
 def _box(pair: Pair, read: StoredCase, config: DataConfig) -> Placement | None:
@@ -300,11 +307,11 @@ def _recorded_box(path: Path) -> Placement | None:
     return None if box is None else box_from_json(box)
 
 
-def _aligned(case: Case, stored: StoredCase, config: DataConfig) -> tuple[Volume, Volume]:
-    """Bring a pair whose volumes lie on other grids onto one, as the training does. Outside the field of view each
-    channel has its lowest value, and the mask the first label, as in the padding.
+def _read_resampled(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
+    """Read a real pair whose volumes lie on other grids. Outside the field of view each channel has its lowest value,
+    and the mask the first label, as in the padding.
     """
-    aligned = one_grid(case, stored, config)
+    aligned = one_grid(case, read_case(case, config), config)
     assert aligned.mask is not None
     lowest = np.nanmin(aligned.image.array, axis=(1, 2, 3), keepdims=True)
     image = aligned.image.replace(np.where(np.isnan(aligned.image.array), lowest, aligned.image.array))

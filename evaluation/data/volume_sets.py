@@ -236,10 +236,11 @@ def _images(
     cases: Sequence[Case], config: DataConfig, classes: Mapping[str, list[str] | dict[str, str]] | None = None
 ) -> VolumeDataset:
     """Load only the images of the cases, with these classes: without numbers, and without masks, unless they set the
-    box.
+    box (`crop`) or a part of it (`resample_to`: what all volumes of a case show).
     """
     alone = dataclasses.replace(config, classes=dict(classes or {}), numbers=[])
-    if config.crop is None or not config.crop.by_mask:
+    by_mask = config.crop is not None and config.crop.by_mask
+    if not by_mask and (config.resample_to is None or all(case.mask is None for case in cases)):
         alone = dataclasses.replace(alone, masks=None, label_names={})
         cases = [dataclasses.replace(case, mask=None) for case in cases]
     return VolumeDataset(cases, alone)

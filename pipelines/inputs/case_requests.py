@@ -4,29 +4,35 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from files.names import same_name
 from pipelines.base import VolumePipeline
-from volumes import Case, DataConfig, load_cases, read_volume
+from volumes import Case, DataConfig, Volume, load_cases, read_mask, read_volume, same_grid, write_volume
+from volumes.data.case_files import known_labels, one_grid, read_case
 from volumes.formats.read import segmentation_file
 
-from .masks import LabelMap, MaskOnImage, TimePoint
+from .masks import DrawnMask, LabelMap, TimePoint
 from .request import VolumeRequest
 from .request_files import refuse_inputs_in
+
+MASKS = "masks"  # folder in the output, of masks that training resampled
 
 
 def case_requests(
     data: DataConfig, splits: Sequence[str], pipe: VolumePipeline, output: Path, label_map: LabelMap | None = None
 ) -> list[VolumeRequest]:
     """Build one request per case of these splits, in the order of their names, which are those of the cases. Masks are
-    read with the data's `label_map`; on the grid of the case's image, where they were drawn on it (DICOM-SEG, RTSTRUCT)
-    or training resampled them onto it (`data.resample_to`). Where training cut its cases to the foreground of an image
-    (`data.crop`), that image of the case sets the box.
+    read with the data's `label_map`; those of DICOM-SEG and RTSTRUCT on the grid of the case's image. Where training
+    resampled a case (`data.resample_to`), its mask is written to OUTPUT/masks as training reads it, and that file is
+    the request's. Where training cut its cases to the foreground of an image (`data.crop`), that image of the case sets
+    the box.
 
     Args:
         label_map: of the command, which comes after the data's, see `check_label_names`.
     Raises: ValueError as `load_cases` and `check_label_names`; for splits without a case, a pipeline that was trained
-    on other conditions than the data has, cases without a mask that the model needs, condition channels in 4-D files,
-    and files in the output folder.
+    on other conditions than the data has, cases without a mask that the model needs, masks that training both resampled
+    and cut, condition channels in 4-D files, and files in the output folder. VolumeError: as `one_grid`.
     """
     cases = load_cases(data)
     chosen = [case for case in cases if case.split in splits]
@@ -35,7 +41,7 @@ def case_requests(
         raise ValueError(f"--split {' '.join(splits)}: the data has no such case; it has {found}")
     _check_conditions(data, pipe)
     check_label_names(data, pipe, label_map or {})
-    requests = [_case_request(case, data, pipe) for case in chosen]
+    requests = [_case_request(case, data, pipe, output / MASKS) for case in chosen]
     names: dict[str, str] = {}
     for case in chosen:
         if (other := names.setdefault(same_name(case.name), case.name)) != case.name:
@@ -65,30 +71,63 @@ def check_label_names(data: DataConfig, pipe: VolumePipeline, label_map: LabelMa
         )
 
 
-def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline) -> VolumeRequest:
+def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline, masks: Path) -> VolumeRequest:
     schema = pipe.unet.condition_schema
     if case.phantom is not None:
         raise ValueError(f"{case.name}: is a phantom, which has no files to generate from; use --masks or --conditions")
     if schema.mask and case.mask is None and not schema.dropout.get("mask"):
         raise ValueError(f"{case.name}: has no mask in a file to generate from; set data.masks in the config")
+    resampled = _write_resampled(case, data, masks) if schema.mask and case.mask is not None else None
+    own = _mask(case, case.mask, data) if schema.mask and case.mask is not None else None
     cells = {name: case.metadata[name] for name in case.metadata if case.metadata[name] not in ("", None)}
     return VolumeRequest(
-        _mask(case, case.mask, data) if schema.mask and case.mask is not None else None,
+        resampled or own,
         classes={name: cells[name] for name in schema.classes if name in cells},
         numbers={name: cells[name] for name in schema.numbers if name in cells},
         images={name: _image(case, name, data) for name, _ in schema.images},
-        label_map=data.label_map,
+        label_map=data.label_map if resampled is None else None,
         box_image=_box_image(case, data, pipe),
         name=case.name,
     )
 
 
-def _mask(case: Case, path: Path, data: DataConfig) -> Path | MaskOnImage:
-    """The mask of a case, with the image on whose grid training reads it, if it has none of its own or another."""
-    if data.resample_to is None and segmentation_file(path) is None:
-        return path
+def _mask(case: Case, path: Path, data: DataConfig) -> Path | DrawnMask:
+    """The mask of a case, with the image that training reads it with, if it is drawn on one."""
     channel = data.resample_to or next(iter(data.patterns))
-    return MaskOnImage(path, case.images[channel], data.volume_number(channel))
+    image, time_point = case.images[channel], data.volume_number(channel)
+    return path if segmentation_file(path) is None else DrawnMask(path, image, time_point)
+
+
+def _write_resampled(case: Case, data: DataConfig, folder: Path) -> Path | None:
+    """Write the mask of a case as training reads it, in the box that all its volumes show, unless it is written.
+
+    Returns: the file; None where training resampled nothing.
+    Raises: ValueError if training cut the case, too.
+    """
+    if data.resample_to is None:
+        return None
+    aligned = one_grid(case, read_case(case, data), data)
+    if not aligned.resampled:
+        return None
+    if data.crop is not None:
+        raise ValueError(
+            f"{case.mask}: the training resampled its case onto the grid of {data.resample_to} (data.resample_to) and "
+            "cut it (data.crop), which --split cannot do; resample the masks onto that grid, and give them with "
+            "--masks (or, with classes, numbers or images, with --conditions)"
+        )
+    assert aligned.mask is not None
+    values, indices = np.array(sorted(known_labels(data)), np.int16), aligned.mask.array
+    labels = np.where(indices < 0, indices, values[np.maximum(indices, 0)]).astype(np.int16)
+    mask = Volume(labels, aligned.mask.affine)  # without its source, whose grid is another
+    file = folder / f"{case.name}.nii.gz"
+    if not (file.is_file() and _is_equal(read_mask(file), mask)):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_volume(mask, file, description="a mask as the training read it")
+    return file
+
+
+def _is_equal(written: Volume, mask: Volume) -> bool:
+    return same_grid(written, mask) and np.array_equal(written.array, mask.array)
 
 
 def _image(case: Case, channel: str, data: DataConfig) -> Path:

@@ -18,8 +18,7 @@ from nibabel.spatialimages import SpatialImage
 from diffusion import LatentDenoiser
 from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
-from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, same_grid, volume_parts
-from volumes.data.alignment import check_share, onto_grid, shown
+from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
@@ -35,9 +34,9 @@ BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
 
 
 @dataclass(frozen=True)
-class MaskOnImage(os.PathLike[str]):
-    """The file of a mask, with the image on whose grid it is read: as it was drawn (DICOM-SEG, RTSTRUCT), or else by
-    the nearest voxel, PADDING outside its field of view. Elsewhere it is the path of the mask.
+class DrawnMask(os.PathLike[str]):
+    """The file of a DICOM-SEG or RTSTRUCT, with the image that it was drawn on, whose grid is the mask's. Elsewhere it
+    is the path of the mask.
 
     Attributes:
         time_point: which volume of a 4-D image file; None for a 3-D file.
@@ -95,14 +94,10 @@ def load_mask(
 
     Raises: ValueError for an empty mask, for values that are not labels, and for other types.
     """
-    if isinstance(mask, MaskOnImage) and like is None:
+    if isinstance(mask, DrawnMask) and like is None:
         like = read_volume(mask.image, time_point=mask.time_point, **(reading or {}))
     if isinstance(mask, (str, os.PathLike)):
-        volume = warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask))
-        if isinstance(mask, MaskOnImage) and like is not None and not same_grid(volume, like):
-            volume = like.replace(onto_grid(volume, like, labels=True).array)  # files are written on that grid
-            check_share(float(shown(volume).mean()), str(mask), str(mask.image))
-        return volume, str(mask)
+        return warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask)), str(mask)
     if carries_geometry(mask):
         name = source_file(mask) or "the mask"
         return warn_of_header(read_mask(mask, **(reading or {})), name), name
@@ -210,7 +205,7 @@ def describe_mask(mask: MaskLike) -> SourceRecord:
 
 def identity(source: object) -> str | int:
     """Identify a mask or an image: equal for the same path, and for the same object."""
-    if isinstance(source, MaskOnImage | TimePoint):
+    if isinstance(source, DrawnMask | TimePoint):
         return repr(source)
     return str(source) if isinstance(source, (str, os.PathLike)) else id(source)
 

@@ -1,6 +1,7 @@
 """generate.py --config FILE --split S: the cases of a data set, under their names."""
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -12,11 +13,12 @@ from tiny import mask_image, tiny_data, tiny_pipeline
 import generate
 from diffusion import LatentUNet3D
 from evaluation.data.pairs import generated_pairs, load_pairs
+from evaluation.data.volume_sets import _images
 from pipelines import MedVolumePipeline, VolumeRequest, describe_mask
 from pipelines.inputs.case_requests import case_requests
-from pipelines.inputs.masks import model_values
-from volumes import PADDING, DataConfig, PhantomConfig, Volume, load_cases, write_volume
+from volumes import DataConfig, PhantomConfig, Volume, load_cases, read_mask, same_grid, write_volume
 from volumes.data.case_files import one_grid, read_case
+from volumes.foreground import ForegroundCrop
 
 SHAPE = (8, 8, 8)
 CLASSES = {"sex": ["F", "M"]}
@@ -230,34 +232,73 @@ def test_structure_sets_are_read_with_the_image_of_the_case(tmp_path):
         run(tmp_path, tmp_path / "data/rt", split="train")
 
 
-def test_masks_that_training_resampled_are_resampled_alike(place, tmp_path):
-    """A mask on a grid of its own, which shows only a part of the image, is read as the training reads it."""
+FINE = {"resample_to": "image", "masks": "{patient}/fine.nii.gz", "label_map": {2: 5, 5: 2}}
+
+
+@pytest.fixture
+def resampled(place, tmp_path):
+    """The data with masks on grids of their own, which show a part of the image; a config, and its pipeline."""
     affine = np.diag([1.0, 1, 0.5, 1])
     affine[:3, 3] = 0, 0, 2.1
     for name in SPLITS:
         nib.save(mask_image((8, 6, 20), affine), place / f"data/{name}/fine.nii.gz")
-    changes = {"resample_to": "image", "masks": "{patient}/fine.nii.gz"}
-    data, pipe = data_of(place, **changes), tiny_with_conditions()
-    first, _ = case_requests(data, ["test"], pipe, tmp_path)
-    read = model_values(first.mask, pipe.data.labels, first.label_map, np.eye(4))
-    case = next(case for case in load_cases(data) if case.name == "p3")
-    trained = one_grid(case, read_case(case, data), data).mask
-    assert trained is not None and trained.shape == (8, 6, 6) and len(np.unique(trained.array)) == 3
-    assert read.shape == SHAPE and np.array_equal(read.array[:, :, :6, 2:], np.array([0, 2, 5])[trained.array])
-    assert (read.array[:, :, 6:] == PADDING).all() and (read.array[..., :2] == PADDING).all()
-    output = tmp_path / "out"
     own = yaml.safe_load((place / "data.yaml").read_text())
-    write_config(tmp_path, own | changes | {"root": str(place / "data")})
-    pipe.save_pretrained(tmp_path / "run/pipeline")
-    run(tmp_path, output, "--export", "nnunet", tmp_path / "Dataset501_Fine")
-    assert {nib.load(file).shape for file in output.glob("*.nii.gz")} == {SHAPE}
-    pairs = generated_pairs(load_cases(data), output, "test")
-    loaded = load_pairs(pairs, data, trained.shape)
+    write_config(tmp_path, own | FINE | {"root": str(place / "data")})
+    tiny_with_conditions().save_pretrained(tmp_path / "run/pipeline")
+    return data_of(place, **FINE)
+
+
+def as_trained(data, name: str) -> Volume:
+    """The label indices of a case, as training reads them."""
+    case = next(case for case in load_cases(data) if case.name == name)
+    mask = one_grid(case, read_case(case, data), data).mask
+    assert mask is not None
+    return mask
+
+
+@pytest.mark.parametrize("spacing", [None, [1.5, 1.0, 1.2]])
+def test_masks_that_training_resampled_are_written(resampled, tmp_path, spacing):
+    """On the grid that training saw, with the labels of the model."""
+    data, pipe = replace(resampled, spacing=spacing), tiny_with_conditions()
+    request, _ = case_requests(data, ["test"], pipe, tmp_path / "out")
+    assert request.mask == tmp_path / "out/masks/p3.nii.gz" and request.label_map is None
+    written, trained = read_mask(tmp_path / "out/masks/p3.nii.gz"), as_trained(data, "p3")
+    assert same_grid(written, trained) and (spacing or trained.shape == (8, 6, 6))
+    assert len(np.unique(trained.array)) == 3
+    assert np.array_equal(written.array, np.array([0, 2, 5])[trained.array])
+    assert len(case_requests(data_of_images(resampled), ["test"], pipe, tmp_path / "other")) == 2
+    assert not (tmp_path / "other").exists()  # those on the image's grid are taken as they are
+
+
+def data_of_images(data) -> DataConfig:
+    """The same data, with the masks that lie on the image's grid."""
+    return replace(data, masks="{patient}/labels.nii.gz", label_map={9: 5})
+
+
+def test_volumes_of_resampled_masks_are_pairs(resampled, tmp_path):
+    """They have the grid that training saw; evaluation and export pair them with that mask."""
+    output, words = tmp_path / "out", ["--export", "nnunet", tmp_path / "Dataset501_Fine"]
+    run(tmp_path, output, *words)
+    assert {nib.load(file).shape for file in output.glob("*.nii.gz")} == {(8, 6, 6)}
+    loaded = load_pairs(generated_pairs(load_cases(resampled), output, "test"), resampled, (8, 6, 6))
     assert loaded.skipped == [] and [case.name for case in loaded.cases] == ["p3", "p4"]
-    assert np.array_equal(loaded.labels[0].numpy(), trained.array[0])
-    affine[0, 3] = 500
-    nib.save(mask_image((8, 6, 20), affine), place / "data/p3/fine.nii.gz")
-    with pytest.raises(ValueError, match=r"p3.fine.nii.gz: shows nothing of the box of .*p3.scan.nii.gz"):
-        model_values(first.mask, pipe.data.labels, first.label_map, np.eye(4))
-    (exported,) = {nib.load(file).shape for file in (tmp_path / "Dataset501_Fine/labelsTr").iterdir()}
-    assert exported == SHAPE
+    assert np.array_equal(loaded.labels[0].numpy(), as_trained(resampled, "p3").array[0])
+    exported = {nib.load(file).shape for file in (tmp_path / "Dataset501_Fine/labelsTr").iterdir()}
+    assert exported == {(8, 6, 6)}
+    written = {file: file.stat().st_mtime_ns for file in (*output.glob("*.nii.gz"), *output.glob("masks/*"))}
+    run(tmp_path, output, *words)
+    assert {file: file.stat().st_mtime_ns for file in written} == written  # nothing is generated again
+    write_volume(read_mask(output / "masks/p4.nii.gz"), output / "masks/p3.nii.gz")
+    with pytest.raises(ValueError, match=r"p3_000.nii.gz: was generated from another mask than .*masks.p3.nii.gz"):
+        generated_pairs(load_cases(resampled), output, "test")
+
+
+def test_real_volumes_are_judged_in_the_box_of_training(resampled, tmp_path):
+    cases = [case for case in load_cases(resampled) if case.split == "test"]
+    assert _images(cases, resampled)[0]["image"].shape[1:] == (8, 6, 6)
+
+
+def test_cases_that_training_resampled_and_cut_are_refused(resampled, tmp_path):
+    data = replace(resampled, crop=ForegroundCrop(above=150.0))
+    with pytest.raises(ValueError, match=r"fine.nii.gz: the training resampled .* and cut it .* with --masks"):
+        case_requests(data, ["test"], tiny_with_conditions(), tmp_path)
