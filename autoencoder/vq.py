@@ -45,11 +45,7 @@ class QuantisedLatents(LatentDistribution):
 
 
 class QuantisedAutoencoder(VolumeAutoencoder[QuantisedLatents]):
-    """An autoencoder with a codebook.
-
-    `encode` gives the latents before quantization, as the diffusion model of Medical Diffusion learns them; `decode`
-    quantizes, then decodes. So everything that works on latents works here too.
-    """
+    """An autoencoder with a codebook: its latents are those before quantization, and `decode` quantizes first."""
 
     _keep_in_fp32_modules = ["codebook"]
     codebook: Codebook
@@ -71,6 +67,9 @@ class QuantisedAutoencoder(VolumeAutoencoder[QuantisedLatents]):
 
 class VQGAN3D(QuantisedAutoencoder):
     """Vector-quantized autoencoder for volumes, without GroupNorm or attention.
+
+    `encode` gives the latents before quantization, as the diffusion model of Medical Diffusion learns them; `decode`
+    quantizes, then decodes. So everything that works on latents works here too.
 
     Args:
         in_channels, out_channels: channels of the volume.

@@ -219,7 +219,7 @@ class Config:
             raise self.refusal(name, f"is {value!r:.80}: expressions are never evaluated; write the value out")
         return value
 
-    def arguments(self, name: str) -> dict[str, Any]:
+    def arguments(self, name: str) -> dict[str, object]:
         """Return the arguments of a class, with `_target_`."""
         entry = self.entries[name]
         return {key: self.plain(f"{name}.{key}", value) for key, value in entry.items() if key != "_requires_"}
