@@ -47,7 +47,7 @@ LOWEST := $(VENV)/lowest
 TORCH  ?=
 TESTS  ?= tests/autoencoder tests/cli tests/diffusion tests/files tests/interop $(wildcard tests/pipelines/test_pipeline*.py) \
 	tests/pipelines/test_diffusers_machinery.py
-test-lowest: $(LOWEST)/installed
+test-lowest: $(LOWEST)/installed-$(or $(TORCH),lowest)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/installed-dev
@@ -92,7 +92,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	@touch $@ $(VENV)/installed
 
-$(LOWEST)/installed: pyproject.toml | $(PY)
+$(LOWEST)/installed-$(or $(TORCH),lowest): pyproject.toml | $(PY)
 	$(PY) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]' $(if $(TORCH),torch==$(TORCH))

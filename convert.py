@@ -4,7 +4,7 @@
     medvolume convert --from monai-bundle --weights brats_mri_generative_diffusion --output weights/brats
     medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
         --output weights/own
-    medvolume convert --to monai-bundle --pipeline hippocampus --output out/bundle
+    medvolume convert --to monai-bundle --pipeline shipped:hippocampus --output out/bundle
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
 tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
@@ -38,7 +38,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     direction.add_argument("--from", dest="format", choices=FORMATS, metavar="FORMAT", help="see below")
     direction.add_argument("--to", dest="target", choices=TARGETS, metavar="FORMAT", help="see below")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    license_help = "license of the weights that you give; every generated volume will name it"
+    license_help = "license of the weights; with --from every generated volume will name it, with --to README.md does"
     parser.add_argument("--license", metavar="TEXT", help=license_help)
     reading = parser.add_argument_group("with --from")
     weights_help = (
@@ -61,7 +61,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     numbers_help = "numbers that its U-Net is conditioned on, in its order"
     bundle.add_argument("--numbers", nargs="+", metavar="NAME", help=numbers_help)
     writing = parser.add_argument_group("with --to")
-    writing.add_argument("--pipeline", type=Path, metavar="DIR", help="folder of a pipeline, or a shipped one's name")
+    writing.add_argument("--pipeline", type=Path, metavar="DIR", help="folder of a pipeline, or shipped:NAME")
     options = parser.parse_args(args)
     needed, foreign = ("weights", ("pipeline",)) if options.target is None else ("pipeline", OF_READING)
     if getattr(options, needed) is None:

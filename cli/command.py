@@ -180,9 +180,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     again, because it is also called from Python.
     """
     program = program_name()
-    if (
-        not sys.stderr.isatty()
-    ):  # other libraries draw progress bars into pipes and logs; `LiveBar` says itself what it does
+    if not sys.stderr.isatty():  # other libraries draw progress bars into pipes and logs; ours say what they do
         os.environ.setdefault("TQDM_DISABLE", "1")
     if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())

@@ -46,7 +46,8 @@ class MonaiUNet3D(LatentDenoiser):
         attention_output: whether self-attention ends in a linear layer (MONAI's include_fc).
         cross_attention_dim: width of `context`; None for a model without.
         context_numbers: names of the numbers that are its context, as one token; None for a context of another kind.
-        numbers_as_channels: whether the same numbers are constant input channels, too, behind the latents.
+        numbers_as_channels: whether the same numbers are constant input channels, too, behind the latents. None for
+            False, so that the hashes of models without stay.
         transformer_num_layers: transformer blocks per attention; only with `cross_attention_dim`.
         num_class_embeds: number of MONAI's class labels; None for a model without.
         upcast_attention: whether attention is computed in float32.
@@ -92,7 +93,7 @@ class MonaiUNet3D(LatentDenoiser):
         takes_spacing: bool = False,
         takes_regions: bool = False,
         context_numbers: Sequence[str] | None = None,
-        numbers_as_channels: bool = False,
+        numbers_as_channels: bool | None = None,
         objective: str | None = None,
         classes: dict[str, list[str]] | None = None,
         class_labels: Sequence[NonNegativeInt] | None = None,
@@ -121,8 +122,10 @@ class MonaiUNet3D(LatentDenoiser):
         if any(end is None for end in ends) and ends != [None] * 3:
             raise ValueError(f"beta_schedule, beta_start and beta_end are {ends}: give all three, or none")
         self._check_classes(classes or {}, class_labels or [], num_class_embeds)
-        self._check_numbers(context_numbers or [], cross_attention_dim, numbers_as_channels)
+        self._check_numbers(context_numbers or [], cross_attention_dim, bool(numbers_as_channels))
         self.condition_schema.check_dropout()
+        if numbers := sorted({*(condition_dropout or {})} & {*self.condition_schema.numbers}):
+            raise ValueError(f"condition_dropout: this network cannot do without {', '.join(numbers)}; remove them")
         self.stride = 2 ** (len(channels) - 1)
         self.network = DiffusionModelUNetMaisi(
             spatial_dims=3,

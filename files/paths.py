@@ -106,3 +106,12 @@ def _not_regular(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     kind = kinds.get(stat.S_IFMT(mode), "a device")
     return f"is {kind}, not a regular file; remove it or name another one"
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Return whether a path in a folder is, or lies behind, a link out of it. The Hub's cache keeps files in `blobs`,
+    beside the `snapshots` that link to them; these are inside. Raises: RuntimeError for a circle of links.
+    """
+    homes = [folder.resolve()]
+    homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
+    return not any(path.resolve().is_relative_to(home) for home in homes)

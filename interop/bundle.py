@@ -88,7 +88,7 @@ INFERENCE: Mapping[str, object] = {
     "saver": {
         "_target_": "SaveImage",
         "output_dir": "@output_dir",
-        "output_postfix": "synthetic",
+        "output_postfix": "$'synthetic_' + str(@seed)",
         "separate_folder": False,
     },
     "run": ["$@saver(@orientation.inverse(@network(@preprocessing(@mask))))"],

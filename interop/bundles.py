@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from files.documents import FileError, read_object
-from files.paths import printable
+from files.paths import leads_out, printable
 
 from .formats import Format
 
@@ -133,6 +133,9 @@ def read_bundle(
     """
     if not folder.is_dir():
         raise FileError(f"{folder}: is not a folder; give the bundle's folder, which has {CONFIG}")
+    for name in (CONFIG, METADATA):
+        if leads_out(folder, folder / name):
+            raise FileError(f"{folder / name}: is a link out of the bundle's folder; copy the file there")
     config = Config(folder / CONFIG)
     found = config.classes()
     vae, unet = config.arguments(found[VAE]), config.arguments(found[UNET])
@@ -144,7 +147,7 @@ def read_bundle(
     if unet.get("cross_attention_dim") is not None:
         names = list(options.numbers or config.numbers())
         channels = unet.get("in_channels") != latents
-        settings |= {"in_channels": latents, "context_numbers": names, "numbers_as_channels": channels}
+        settings |= {"in_channels": latents, "context_numbers": names, "numbers_as_channels": channels or None}
         if channels and unet.get("in_channels") != latents + len(names):
             raise config.refusal(
                 f"{found[UNET]}.in_channels",
@@ -253,6 +256,8 @@ class Config:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
             raise self.refusal(name, f"is {path!r:.120}, which leads out of the bundle's folder; put the file into it")
+        if leads_out(folder, folder / pure):
+            raise self.refusal(name, f"is {path!r:.120}, a link out of the bundle's folder; copy the file there")
         if not (folder / pure).is_file():
             raise self.refusal(
                 name, f"is {path!r:.120}, which is not there; download it: the bundle's large_files.yml has its address"

@@ -157,7 +157,7 @@ def _check_options(
 ) -> None:
     """Raise ValueError for options that a format does not take, or lacks."""
     if bundle.given and not kind.is_bundle:
-        raise ValueError(f"{format_name}: {', '.join(bundle.given)} is for bundles (monai-bundle); omit it")
+        raise ValueError(f"{format_name}: {', '.join(bundle.given)} belongs to --from monai-bundle; omit it")
     given = any(part.arguments is None for part in kind.parts) and not kind.is_bundle
     if given and network is None:
         raise ValueError(

@@ -16,6 +16,7 @@ from files.atomic import atomic_folder
 from files.documents import FileError
 from files.shipped import expand_path
 from pipelines import MedVolumePipeline
+from pipelines.storage.documents import document_files
 from pipelines.storage.loading import load_autoencoder, load_unet
 from pipelines.storage.provenance import software
 
@@ -34,7 +35,8 @@ From the folder of the bundle, with MONAI, nibabel, and fire, which MONAI's comm
 
 The mask has the label values in configs/sampling.json, and the voxel size there.
 The volume lies on the mask's own grid, in the units of the training files.
-With the same seed it is the volume of the pipeline."""
+It is the volume of `pipe(MASK, generator=torch.Generator().manual_seed(0), residual_noise=False)`, but for what is
+listed below. `medvolume generate --seed 0` computes another seed for each volume."""
 LOAD = """\
 With torch alone:
 
@@ -86,7 +88,9 @@ class Networks:
         own = next((text for model in (self.vae, self.unet) if model and (text := model.config.get("license"))), None)
         if own and given and own != given:
             raise ValueError(f"--license: the license of these weights is {own}; omit it")
-        return own or given or (f"see {CARD}" if (folder / "README.md").is_file() else UNKNOWN_LICENSE)
+        names = [CARD if path.name == "README.md" else path.name for path in document_files(folder)]
+        said = next((name for name in names if name.startswith("LICENSE")), CARD if CARD in names else None)
+        return own or given or (UNKNOWN_LICENSE if said is None else f"see {said}")
 
 
 def export(target: str, pipeline: Path, output: Path, license: str | None = None) -> list[str]:
@@ -113,8 +117,8 @@ def export(target: str, pipeline: Path, output: Path, license: str | None = None
             text = WRITERS[target](networks, unfinished)
         docs = unfinished if pipe is None else unfinished / "docs"
         docs.mkdir(exist_ok=True)
-        if (folder / "README.md").is_file():
-            shutil.copyfile(folder / "README.md", docs / CARD)
+        for path in document_files(folder):
+            shutil.copyfile(path, docs / (CARD if path.name == "README.md" else path.name))
         (docs / "README.md").write_text(_readme(folder.resolve().name, text, license, notes), encoding="utf-8")
     return notes
 
@@ -183,7 +187,10 @@ def _scale_factor(vae: VolumeAutoencoder[Any]) -> torch.Tensor:
     """Return what MONAI multiplies latents by. Raises: ValueError for statistics that no single factor expresses."""
     mean, std = vae.config["latents_mean"], vae.config["latents_std"]
     if any(mean) or len(set(std)) > 1:
-        raise ValueError("vae: its latent statistics are not one factor for all channels, which is all that MONAI has")
+        raise ValueError(
+            "vae: its latent statistics are not one factor for all channels, which is all that MONAI has; --to "
+            "torch-export writes these networks"
+        )
     return torch.tensor(1 / std[0])
 
 

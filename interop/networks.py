@@ -270,6 +270,8 @@ def peer_name(model: VolumeModel) -> str:
     if isinstance(model, MonaiUNet3D):
         is_maisi = config["takes_spacing"] or config["takes_regions"]
         return "DiffusionModelUNetMaisi" if is_maisi else "DiffusionModelUNet"
+    if isinstance(model, MonaiVQVAE):
+        raise ValueError("a VQVAE is not written back; keep the file that it was converted from")
     raise ValueError(f"{type(model).__name__} is not a network of MONAI; export it with --to torch-export")
 
 

@@ -9,8 +9,10 @@ from files.shipped import expand_path
 from pipelines.base import VolumePipeline
 from pipelines.batch_generation import BatchConfig, generate_to_disk, load_pipeline
 from training import run_together
+from volumes.data.tables import read_table
 
 from .design import REAL
+from .kit import find_volumes
 
 EXAMPLES = "examples.csv"  # in the folder of a pipeline
 
@@ -30,7 +32,7 @@ def generate_for_study(pipelines: Mapping[str, str], masks: Sequence[str], outpu
         seed: of the volumes, as of `medvolume generate`.
     Returns: the folder of each model's volumes.
     Raises: ValueError for a name that is no folder's, a pipeline without examples where no masks are given, and one
-        whose volumes have several channels, or are label maps.
+        whose volumes have several channels, or are label maps; for a folder with volumes of another command.
     """
     configs = {name: _config(name, where, masks, output, seed) for name, where in pipelines.items()}
 
@@ -43,11 +45,13 @@ def generate_for_study(pipelines: Mapping[str, str], masks: Sequence[str], outpu
         return missing
 
     run_together(work)
+    for config in configs.values():
+        _check_only(config.output)
     return {name: config.output for name, config in configs.items()}
 
 
 def _config(name: str, where: str, masks: Sequence[str], output: Path, seed: int) -> BatchConfig:
-    if name == REAL or Path(name).name != name:
+    if name in (REAL, "", "..") or Path(name).name != name:
         raise ValueError(f"--pipeline {name}={where}: {name!r} names no model; take a word, such as teacher={where}")
     pipeline = expand_path(where)
     examples = Path(pipeline) / EXAMPLES
@@ -63,6 +67,16 @@ def _config(name: str, where: str, masks: Sequence[str], output: Path, seed: int
         masks=masks,
         conditions=None if masks else examples,
     )
+
+
+def _check_only(folder: Path) -> None:
+    """Raise ValueError for volumes of an earlier command, which are not in the manifest of this one."""
+    listed = {row["file"] for row in read_table(folder / "manifest.csv")}
+    if others := sorted(path.name for path in find_volumes(folder) if path.name not in listed):
+        raise ValueError(
+            f"{folder}: holds volumes of another command ({', '.join(others[:3])}); remove the folder, or give another "
+            "--output"
+        )
 
 
 def _check(pipe: VolumePipeline, config: BatchConfig) -> None:

@@ -1,9 +1,11 @@
 """The documents of a pipeline: its card, its license and where its weights came from, saved and uploaded with them."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from files.documents import read_bytes
+from files.paths import leads_out
 from volumes.description import DataDescription
 
 CARD = "README.md"
@@ -13,8 +15,19 @@ METADATA = "---\nlibrary_name: diffusers\ntags: [medvolume, medical-imaging, 3d]
 
 
 def document_files(folder: Path) -> list[Path]:
-    """Return the files of a pipeline's folder that are its documents; the content of other files is not known."""
-    return sorted(path for pattern in DOCUMENTS for path in folder.glob(pattern) if path.is_file())
+    """Return the files of a pipeline's folder that are its documents; the content of other files is not known.
+
+    Warns: of links that lead out of the folder, which are left out.
+    """
+    found = []
+    for path in sorted(path for pattern in DOCUMENTS for path in folder.glob(pattern) if path.is_file()):
+        if leads_out(folder, path):
+            warnings.warn(
+                f"{path}: leads out of the folder, so it is not saved or uploaded; copy the file", stacklevel=3
+            )
+        else:
+            found.append(path)
+    return found
 
 
 def read_documents(folder: Path) -> dict[str, bytes]:
@@ -36,6 +49,7 @@ def hub_card(card: str, data: DataDescription, license: str | None) -> str:
         data: description of the training set.
         license: that volumes of these weights must name; None for weights without such terms.
     """
+    card = card.replace("\r\n", "\n")
     if UNFILLED in card:
         card = _short_card(data)
     if license and license not in card:

@@ -26,12 +26,12 @@ from diffusion.guidance import autoguidance_in_effect
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
 from files.documents import FileError, read_object
+from files.paths import leads_out
 from files.shipped import expand_path
 from pipelines.inputs.conditions import check_described
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.description import DataDescription
 
-from .documents import document_files
 from .sampling_settings import SAMPLING
 
 # Top-level packages that hold components of a pipeline.
@@ -76,8 +76,7 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
-    documents = [path.name for path in document_files(folder)]
-    _check_inside(folder, ["model_index.json", SAMPLING, *documents, *COMPONENTS])
+    _check_inside(folder, ["model_index.json", SAMPLING, *COMPONENTS])
     index = read_object(folder / "model_index.json")
     named = index.get("_class_name")
     if not isinstance(named, str) or not (
@@ -122,18 +121,15 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
 
 
 def _check_inside(folder: Path, names: Iterable[str]) -> None:
-    """Raise ValueError for a link that leads out of the folder, among these of its files and folders. The Hub's cache
-    keeps files in `blobs`, beside the `snapshots` that link to them.
-    """
-    homes = [folder.resolve()]
-    homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
+    """Raise ValueError for a link that leads out of the folder, among these of its files and folders."""
     parts = [folder / name for name in names]
     for path in [*parts, *(path for part in parts for path in part.rglob("*"))]:
         try:
-            place = path.resolve()
+            outside = leads_out(folder, path)
         except RuntimeError as error:  # Python's, for a circle of links
             raise ValueError(f"{path}: is a link to itself; remove it") from error
-        if not any(place.is_relative_to(home) for home in homes):
+        if outside:
+            place = path.resolve()
             raise ValueError(f"{path}: is a link to {place}, outside of the folder of the model; copy the file there")
 
 

@@ -159,7 +159,8 @@ class PipelineIOMixin(DiffusionPipeline):
                         _copy_files(folder / name, unfinished / name)
                 if self.sampling_settings != SamplingSettings() or (folder / SAMPLING).exists():
                     write_sampling(self.sampling_settings, unfinished)
-                write_documents(self.documents, unfinished)
+                new = {name: content for name, content in self.documents.items() if not (folder / name).exists()}
+                write_documents(new, unfinished)  # what was edited there stays
                 super().save_pretrained(
                     str(unfinished),
                     variant=variant,

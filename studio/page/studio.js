@@ -251,6 +251,7 @@ function growAt(event) {
   if (![[i, nx], [j, ny], [k, nz]].every(([at, side]) => at >= 0 && at < side)) return;
   keepStroke();
   const bytes = nv.drawBitmap, { img, cal_min: low, cal_max: high } = nv.volumes[0], from = i + nx * (j + ny * k);
+  if (bytes[from] === 255) throw new Error("This is outside the field of view; click inside.");
   if (bytes[from] === state.label) throw new Error(`This voxel is ${labelName(state.label)} already; click beside it.`);
   const tolerance = (Number($("tolerance").value) / 100) * (high - low);
   const found = connected(bytes, img, left.grid.shape, from, tolerance);
@@ -732,7 +733,12 @@ function listen() {
   $("channel").onchange = doing(() => showRight(shownId(right)));
   $("size").oninput = () => setSize($("size").value);
   $("tolerance").oninput = () => setTolerance($("tolerance").value);
-  $("left-canvas").addEventListener("click", doing((event) => state.tool === "grow" && painting() && growAt(event)));
+  let pressed = null; // a drag ends in a click, too
+  $("left-canvas").addEventListener("pointerdown", (event) => (pressed = event));
+  $("left-canvas").addEventListener("click", doing((event) => {
+    const moved = pressed && Math.hypot(event.clientX - pressed.clientX, event.clientY - pressed.clientY) > 3;
+    if (state.tool === "grow" && painting() && !moved) growAt(event);
+  }));
   $("overlay").oninput = () => right.nv.setDrawOpacity(Number($("overlay").value) / 100);
   document.querySelectorAll("[data-tool]").forEach((one) => (one.onclick = () => setTool(one.dataset.tool)));
   document.querySelectorAll("[data-copy]").forEach((one) => (one.onclick = doing(async () => {

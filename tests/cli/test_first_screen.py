@@ -28,6 +28,13 @@ def run(*words: str | Path, code: str = MAIN, folder: Path, **environment: str) 
     )
 
 
+def test_the_import_needs_no_large_package(tmp_path):
+    """Those take seconds; `import medvolume` takes 0.3 at most."""
+    code = "import sys, medvolume; print(*{'torch', 'numpy', 'diffusers', 'monai', 'nibabel', 'yaml'} & {*sys.modules})"
+    assert run(code=code, folder=tmp_path).stdout.split() == []
+
+
+@pytest.mark.slow  # a time, which a busy machine may exceed
 def test_the_import_takes_a_third_of_a_second(tmp_path):
     """In seconds of the processor, so that other programs on the machine do not count; the best of three."""
     code = "import time; import medvolume; print(time.process_time())"

@@ -96,7 +96,7 @@ def test_a_bundle_generates_what_the_pipeline_generates(tmp_path):
     config |= {"unet": Denoiser(pipe.unet), "decoder": Decoder(pipe.vae)}
     config["network"] = {**INFERENCE["network"], "_target_": "interop.bundle_sampler.MaskToVolume"}
     ConfigParser(config).get_parsed_content("run")
-    assert_volume_of_seed(tmp_path / "out/mask_synthetic.nii.gz", pipe, mask, seed=7)
+    assert_volume_of_seed(tmp_path / "out/mask_synthetic_7.nii.gz", pipe, mask, seed=7)
 
 
 @of_any_size
@@ -193,7 +193,7 @@ def test_a_bundle_generates_with_monai_alone(tmp_path):
     command(["--to", "monai-bundle", "--pipeline", str(tmp_path / "pipeline"), "--output", str(folder)])
     given = {"config_file": "configs/inference.json", "mask": str(mask), "output_dir": "made", "seed": 7}
     run_elsewhere(tmp_path / "site", folder, "-c", f"from monai.bundle import run; run(**{given!r})")
-    assert_volume_of_seed(folder / "made/mask_synthetic.nii.gz", pipe, mask, seed=7)
+    assert_volume_of_seed(folder / "made/mask_synthetic_7.nii.gz", pipe, mask, seed=7)
     assert "From the folder of the bundle" in (folder / "docs/README.md").read_text()
 
 

@@ -65,6 +65,14 @@ def test_masks_and_several_models(folder):
     }
 
 
+def test_volumes_of_an_earlier_command_are_not_shown(folder):
+    """Such as those of an interrupted attempt with more masks."""
+    pipelines, where = {"teacher": str(folder / "pipe")}, folder / "study"
+    generate_for_study(pipelines, [], where, 0)
+    with pytest.raises(ValueError, match=r"teacher: holds volumes of another command \(mrn_01_000.nii.gz\)"):
+        generate_for_study(pipelines, [str(folder / "pipe/masks/mrn_00.nii.gz")], where, 0)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -72,6 +80,7 @@ def test_masks_and_several_models(folder):
         (["--pipeline", "PIPE", "--generated", "generated"], "another set is called generated"),
         (["--pipeline", "real=PIPE"], "'real' names no model"),
         (["--pipeline", "../a=PIPE"], "'../a' names no model"),
+        (["--pipeline", "..=PIPE"], "'..' names no model"),
     ],
 )
 def test_names_of_models_are_checked(folder, words, said):
