@@ -109,8 +109,11 @@ def _not_regular(mode: int) -> str:
 
 
 def leads_out(folder: Path, path: Path) -> bool:
-    """Return whether a path in a folder is, or lies behind, a link out of it. The Hub's cache keeps files in `blobs`,
-    beside the `snapshots` that link to them; these are inside. Raises: RuntimeError for a circle of links.
+    """Return whether a path in a folder is, or lies behind, a link out of it.
+
+    The Hub's cache keeps files in `blobs`, beside the `snapshots` that link to them; these are inside.
+
+    Raises: RuntimeError for a circle of links.
     """
     homes = [folder.resolve()]
     homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
