@@ -8,11 +8,11 @@ from accelerate import PartialState
 from files.shipped import expand_path
 from pipelines.base import VolumePipeline
 from pipelines.batch_generation import BatchConfig, generate_to_disk, load_pipeline
+from pipelines.inputs.request import VolumeRequest
 from training import run_together
-from volumes.data.tables import read_table
+from volumes.formats.read import is_volume_name
 
 from .design import REAL
-from .kit import find_volumes
 
 EXAMPLES = "examples.csv"  # in the folder of a pipeline
 
@@ -41,12 +41,11 @@ def generate_for_study(pipelines: Mapping[str, str], masks: Sequence[str], outpu
         for config in configs.values():
             pipe = load_pipeline(config, state.device)
             _check(pipe, config)
+            _check_only(config.output, [request.name for request in _requests(config, pipe)])
             missing += generate_to_disk(config, state, loaded=pipe)
         return missing
 
     run_together(work)
-    for config in configs.values():
-        _check_only(config.output)
     return {name: config.output for name, config in configs.items()}
 
 
@@ -69,10 +68,15 @@ def _config(name: str, where: str, masks: Sequence[str], output: Path, seed: int
     )
 
 
-def _check_only(folder: Path) -> None:
-    """Raise ValueError for volumes of an earlier command, which are not in the manifest of this one."""
-    listed = {row["file"] for row in read_table(folder / "manifest.csv")}
-    if others := sorted(path.name for path in find_volumes(folder) if path.name not in listed):
+def _requests(config: BatchConfig, pipe: VolumePipeline) -> Sequence[VolumeRequest]:
+    return config.requests(lambda: pipe, say=lambda _: None)
+
+
+def _check_only(folder: Path, names: Sequence[str]) -> None:
+    """Raise ValueError for volumes in the folder that are not those of these names: readers would see them, too."""
+    planned = {f"{name}_000.nii.gz" for name in names}
+    there = [path.name for path in folder.glob("*") if is_volume_name(path.name)]
+    if others := sorted(set(there) - planned):
         raise ValueError(
             f"{folder}: holds volumes of another command ({', '.join(others[:3])}); remove the folder, or give another "
             "--output"

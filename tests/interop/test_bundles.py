@@ -343,7 +343,7 @@ def test_options_that_do_not_fit(zoo, tmp_path):
             "maisi-rflow-ct",
             brats,
             {"bundle": BundleOptions(steps=5, shape=(8, 8, 8))},
-            "--shape, --steps is for bundles",
+            "--shape, --steps belongs to --from monai-bundle",
         ),
         (KIND, brats, {"bundle": BundleOptions(numbers=["age"])}, "takes no numbers; omit --numbers"),
         (KIND, brats, {"network": tmp_path / "network.json"}, "omit --network"),

@@ -239,7 +239,8 @@ def test_a_download_brings_the_settings(folder, monkeypatch):
     monkeypatch.setattr(serialization, "snapshot_download", lambda name, **given: asked.append((name, given)))
     pipe = MedVolumePipeline.from_pretrained("somebody/volumes", revision="v1")
     assert pipe.sampling_settings == SamplingSettings(**OWN)
-    assert asked == [("somebody/volumes", {"allow_patterns": ["sampling.json"], "revision": "v1"})]
+    files = ["sampling.json", "README.md", "LICENSE*", "provenance.json"]
+    assert asked == [("somebody/volumes", {"allow_patterns": files, "revision": "v1"})]
 
 
 def test_finished_volumes_are_found_if_settings_are_equal(folder, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ def test_the_pages_hold_the_reports(page):
     """Else run python -m tools.scale_page."""
     text = (scale_page.DOCS / page).read_text(encoding="utf-8")
     written = text.partition(scale_page.BEGIN)[2].partition(scale_page.END)[0]
-    assert written == f"\n\n{scale_page.pages()[scale_page.DOCS / page]}"
+    assert written == f"\n\n{scale_page.pages()[scale_page.DOCS / page]}\n"
 
 
 def test_what_is_said_follows_the_report():
