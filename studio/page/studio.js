@@ -748,7 +748,8 @@ function listen() {
   })));
   $("zip").href = "/api/collection.zip";
   $("nnunet").href = "/api/nnunet.zip";
-  addEventListener("pointerup", () => setTimeout(keepStroke, 60));
+  // NiiVue may paint the end of a stroke after its event; a slow renderer takes seconds.
+  addEventListener("pointerup", () => [60, 300, 1000, 3000, 8000].forEach((wait) => setTimeout(keepStroke, wait)));
   addEventListener("keydown", (event) => {
     if (event.target.matches("input[type=number], select, textarea") || document.querySelector("dialog[open]")) return;
     const key = event.key.toLowerCase();

@@ -11,7 +11,7 @@ from studio.session import Sessions
 from studio.worker import Worker
 
 TOKEN = "a-token"
-PATIENCE = 600  # seconds at most: cores are shared, and the browser's renderer is software
+PATIENCE = 240  # seconds at most: cores are shared, and the browser's renderer is software
 
 
 def save_tiny_pipeline(folder):

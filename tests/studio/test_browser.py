@@ -134,6 +134,21 @@ def stroke(page, places):
 
 
 def axial_tile(page):
+    """Where the axial slice is on the page, once it no longer moves: the viewer follows a new size of the window."""
+    places = [tile_now(page)]
+
+    def at_rest():
+        time.sleep(0.4)
+        places.append(tile_now(page))
+        canvas = "studio.left.nv.canvas"
+        fits = page.evaluate(f"Math.abs({canvas}.width - {canvas}.clientWidth * studio.left.nv.uiData.dpr) < 2")
+        return fits and places[-1] == places[-2]
+
+    until(at_rest)
+    return places[-1]
+
+
+def tile_now(page):
     """The axial slice of the left view: its box on the page."""
     left, top, width, height = page.evaluate(
         "(() => { const nv = studio.left.nv, one = nv.screenSlices.find((one) => one.axCorSag === 0);"
