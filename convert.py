@@ -74,7 +74,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(parse)
 
-from interop.bundles import BundleOptions
+from interop.bundle_reader import BundleOptions
 from interop.convert import convert
 from interop.export import export
 

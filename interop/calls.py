@@ -122,7 +122,7 @@ def sampling_table(
     found = torch.tensordot(torch.tensor(final), known, dims=1)
     if not (found - expected).abs().max() <= LINEAR * expected.abs().max():
         raise ValueError(
-            f"{type(scheduler).__name__}: adds noise between steps, or clips, so its steps are no table of numbers; "
+            f"{type(scheduler).__name__}: adds noise between steps, or clips, and a table of numbers cannot say that; "
             "give the pipeline a scheduler without either, such as FlowMatchEulerDiscreteScheduler, UniPC or DDIM"
         )
     return {"calls": recorder.calls, "final": final}

@@ -18,7 +18,7 @@ from files.documents import FileError, read_object
 from files.paths import open_regular, printable
 from pipelines.storage.provenance import software
 
-from .bundles import BundleOptions, read_bundle
+from .bundle_reader import BundleOptions, read_bundle
 from .formats import FORMATS, Format, Part
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile

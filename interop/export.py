@@ -20,7 +20,7 @@ from pipelines.storage.documents import document_files
 from pipelines.storage.loading import load_autoencoder, load_unet
 from pipelines.storage.provenance import software
 
-from .bundle import write_bundle
+from .bundle_writer import write_bundle
 from .networks import arguments_of, monai_state, peer_name
 from .programs import export_decoder, export_denoiser, export_encoder, smallest_side
 
@@ -88,7 +88,7 @@ class Networks:
         own = next((text for model in (self.vae, self.unet) if model and (text := model.config.get("license"))), None)
         if own and given and own != given:
             raise ValueError(f"--license: the license of these weights is {own}; omit it")
-        names = [CARD if path.name == "README.md" else path.name for path in document_files(folder)]
+        names = documents_of(folder)
         said = next((name for name in names if name.startswith("LICENSE")), CARD if CARD in names else None)
         return own or given or (UNKNOWN_LICENSE if said is None else f"see {said}")
 
@@ -117,10 +117,15 @@ def export(target: str, pipeline: Path, output: Path, license: str | None = None
             text = WRITERS[target](networks, unfinished)
         docs = unfinished if pipe is None else unfinished / "docs"
         docs.mkdir(exist_ok=True)
-        for path in document_files(folder):
-            shutil.copyfile(path, docs / (CARD if path.name == "README.md" else path.name))
+        for name, path in documents_of(folder).items():
+            shutil.copyfile(path, docs / name)
         (docs / "README.md").write_text(_readme(folder.resolve().name, text, license, notes), encoding="utf-8")
     return notes
+
+
+def documents_of(folder: Path) -> dict[str, Path]:
+    """Return the documents of a pipeline's folder by the names that they get beside README.md, which is ours."""
+    return {CARD if path.name == "README.md" else path.name: path for path in document_files(folder)}
 
 
 def write_programs(networks: Networks, folder: Path) -> str:

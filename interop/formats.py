@@ -61,7 +61,7 @@ class Format:
         restricted: what every generated volume must say of the license; None where nothing is forbidden.
         source: where the weights are published.
         variant: what turns both networks into a pipeline; None where that is not known.
-        is_bundle: whether arguments, files and sampling are read from the bundle's own configs (`interop.bundles`).
+        is_bundle: whether the bundle's own configs name arguments, files and sampling (`interop.bundle_reader`).
         config: the file that the arguments were read from.
         scale_factor: what latents are multiplied by where neither a file nor the user says; None if one must.
     """

@@ -25,8 +25,9 @@ from pipelines.inputs.edit_files import (
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from pipelines.inputs.request import VolumeRequest
 from pipelines.inputs.request_files import refuse_inputs_in
+from pipelines.storage.trained_on import MASKS
 
-MASKS, REGIONS = "masks", "regions"  # folders in the output, of masks with a lesion inserted or removed
+REGIONS = "regions"  # folder in the output, of where a lesion is inserted or removed
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from pipelines.storage.finished import (
 )
 from pipelines.storage.provenance import write_synthetic
 from pipelines.storage.record import GenerationRecord
-from pipelines.storage.trained_on import write_generated_by
+from pipelines.storage.trained_on import MASKS, write_generated_by
 from volumes import DataConfig
 from volumes.description import DataDescription
 
@@ -207,7 +207,7 @@ def generate_to_disk(
 def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
     """`generate_to_disk` of the masks of `config.mask_pipeline`, into OUTPUT/masks, and then of their volumes."""
     assert config.mask_pipeline is not None
-    folder = config.output / "masks"
+    folder = config.output / MASKS
     of_masks = replace(
         config,
         pipeline=config.mask_pipeline,

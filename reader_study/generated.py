@@ -9,6 +9,7 @@ from files.shipped import expand_path
 from pipelines.base import VolumePipeline
 from pipelines.batch_generation import BatchConfig, generate_to_disk, load_pipeline
 from pipelines.inputs.request import VolumeRequest
+from pipelines.planning import volume_path
 from training import run_together
 from volumes.formats.read import is_volume_name
 
@@ -31,8 +32,8 @@ def generate_for_study(pipelines: Mapping[str, str], masks: Sequence[str], outpu
         output: folder of the study.
         seed: of the volumes, as of `medvolume generate`.
     Returns: the folder of each model's volumes.
-    Raises: ValueError for a name that is no folder's, a pipeline without examples where no masks are given, and one
-        whose volumes have several channels, or are label maps; for a folder with volumes of another command.
+    Raises: ValueError for a name that cannot be a folder's, a pipeline without examples where no masks are given, one
+        whose volumes have several channels or are label maps, and a folder with volumes of another command.
     """
     configs = {name: _config(name, where, masks, output, seed) for name, where in pipelines.items()}
 
@@ -74,7 +75,7 @@ def _requests(config: BatchConfig, pipe: VolumePipeline) -> Sequence[VolumeReque
 
 def _check_only(folder: Path, names: Sequence[str]) -> None:
     """Raise ValueError for volumes in the folder that are not those of these names: readers would see them, too."""
-    planned = {f"{name}_000.nii.gz" for name in names}
+    planned = {volume_path(folder, name, 0).name for name in names}
     there = [path.name for path in folder.glob("*") if is_volume_name(path.name)]
     if others := sorted(set(there) - planned):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoencoder.base import LIVE_ACTIVATIONS, SLAB_BYTES, LatentMean, LatentStd, VolumeAutoencoder
 from autoencoder.layers import as_stride
+from autoencoder.monai.intensity import intensity_scale
 from autoencoder.posterior import DiagonalGaussian3D
 from cli.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -82,8 +83,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
             )
         if upsampling not in ("nearest", "trilinear", "transposed"):
             raise ValueError(f"upsampling is {upsampling!r}; it is nearest, trilinear or transposed")
-        if len(value_range) != 2 or value_range[0] >= value_range[1]:
-            raise ValueError(f"value_range is {value_range!r}; give two numbers, the smaller one first")
+        intensity_scale(value_range)
         self.patch_size = as_stride(1)
         self.stride = as_stride(2 ** (len(channels) - 1))
         network = AutoencoderKL(
@@ -145,7 +145,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         if torch.is_grad_enabled():
             yield self._decode(z)
             return
-        scale, shift = self._intensity()
+        scale, shift = intensity_scale(self.config["value_range"])
         with self._spool() as spool:
             x = FeatureMap(spool)
             x.append(self._raw(z).transpose(2, 4))
@@ -159,7 +159,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
                 raise ValueError("there are no slabs to encode")
             yield self._encode(torch.cat(pieces, dim=4))
             return
-        scale, shift = self._intensity()
+        scale, shift = intensity_scale(self.config["value_range"])
         with self._spool() as spool:
             x = FeatureMap(spool)
             for slab in slabs:
@@ -180,25 +180,20 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         return SlabCoder(network, spool, self.slab_bytes - self.slab_bytes // 4)
 
     def _encode(self, x: Tensor) -> Tensor:
-        scale, shift = self._intensity()
+        scale, shift = intensity_scale(self.config["value_range"])
         return self._moments(self.encoder(x * scale + shift))
 
     def _moments(self, hidden: Tensor) -> Tensor:
         return torch.cat([self.quant_conv_mu(hidden), self.quant_conv_log_sigma(hidden)], dim=1)
 
     def _decode(self, z: Tensor) -> Tensor:
-        scale, shift = self._intensity()
+        scale, shift = intensity_scale(self.config["value_range"])
         return (self.decoder(self._raw(z)) - shift) / scale
 
     def _raw(self, z: Tensor) -> Tensor:
         """Return what the decoder takes for standardized latents."""
         mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
         return self.post_quant_conv(z * std + mean)
-
-    def _intensity(self) -> tuple[float, float]:
-        """Return scale and shift from our intensities to the original's."""
-        low, high = self.config["value_range"]
-        return (high - low) / 2, (high + low) / 2
 
     def _distribution(self, encoded: Tensor) -> DiagonalGaussian3D:
         return DiagonalGaussian3D(encoded, *self._statistics(encoded))

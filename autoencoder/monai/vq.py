@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autoencoder.base import LIVE_ACTIVATIONS, LatentMean, LatentStd
 from autoencoder.codebook import Codebook
 from autoencoder.layers import Conv3d, as_stride
+from autoencoder.monai.intensity import intensity_scale
 from autoencoder.streaming import delayed, spread, streaming
 from autoencoder.vq import QuantisedAutoencoder
 from cli.settings import FiniteFloat, NonNegativeInt, PositiveInt, ShareBelowOne, TwoOrMore
@@ -112,8 +113,7 @@ class MonaiVQVAE(QuantisedAutoencoder):
                 f"channels {channels}, num_res_channels {num_res_channels}, downsample {downsample} and upsample "
                 f"{upsample} need one entry per level"
             )
-        if len(value_range) != 2 or value_range[0] >= value_range[1]:
-            raise ValueError(f"value_range is {value_range!r}; give two numbers, the smaller one first")
+        intensity_scale(value_range)
         _check_levels(downsample, upsample)
         self.patch_size = as_stride(1)
         self.stride = as_stride(math.prod(level[0] for level in downsample))
@@ -147,18 +147,13 @@ class MonaiVQVAE(QuantisedAutoencoder):
         return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
 
     def _encode(self, x: Tensor) -> Tensor:
-        scale, shift = self._intensity()
+        scale, shift = intensity_scale(self.config["value_range"])
         return self.encoder(x * scale + shift)
 
     def _decode(self, z: Tensor) -> Tensor:
-        scale, shift = self._intensity()
+        scale, shift = intensity_scale(self.config["value_range"])
         mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
         return (self.decoder(self._decodable(z * std + mean)) - shift) / scale
-
-    def _intensity(self) -> tuple[float, float]:
-        """Return scale and shift from our intensities to the original's."""
-        low, high = self.config["value_range"]
-        return (high - low) / 2, (high + low) / 2
 
 
 def _check_levels(downsample: Sequence[Level], upsample: Sequence[Level]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from files.paths import path_inside
 from pipelines import describe_mask, read_sidecar
-from pipelines.inputs.case_requests import MASKS
+from pipelines.storage.trained_on import MASKS
 from volumes import (
     PADDING,
     PHANTOM_LABELS,
@@ -59,7 +59,7 @@ class Pair:
     case: Case
     generated: tuple[Path, ...] | None = None
     box: Placement | None = None
-    generated_mask: bool = False
+    written_mask: bool = False
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
@@ -103,7 +103,7 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
             path = folder / f"{volume}.nii.gz"
             files_of = tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)
             if mask := _resampled_mask(path, folder, case):
-                pairs.append(Pair(replace(case, mask=mask), files_of, generated_mask=True))
+                pairs.append(Pair(replace(case, mask=mask), files_of, written_mask=True))
             else:
                 pairs.append(Pair(case, files_of, _recorded_box(path)))
     if split == "train":
@@ -151,9 +151,7 @@ def _of_generated_masks(
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
-        pairs.append(
-            Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path), generated_mask=True)
-        )
+        pairs.append(Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path), written_mask=True))
     return pairs
 
 
@@ -241,7 +239,7 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     """Read image, in the units of its file, and label indices, `UNKNOWN` where these are, both in the config's box and
     at its spacing."""
     case = pair.case
-    if pair.generated_mask:
+    if pair.written_mask:
         # There is a mask for a box of labels, and all lies on its grid.
         config = replace(of_generated(config), crop=config.crop, resample_to=None)
     if config.resample_to is not None and pair.generated is None:

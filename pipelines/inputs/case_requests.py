@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from files.atomic import refuse_link
 from files.names import same_name
 from pipelines.base import VolumePipeline
+from pipelines.storage.trained_on import MASKS
 from volumes import Case, DataConfig, Volume, load_cases, read_mask, read_volume, same_grid, write_volume
 from volumes.data.case_files import known_labels, one_grid, read_case
 from volumes.formats.read import segmentation_file
@@ -15,8 +17,6 @@ from volumes.formats.read import segmentation_file
 from .masks import DrawnMask, LabelMap, TimePoint
 from .request import VolumeRequest
 from .request_files import refuse_inputs_in
-
-MASKS = "masks"  # folder in the output, of masks that training resampled
 
 
 def case_requests(
@@ -77,11 +77,11 @@ def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline, masks: Pat
         raise ValueError(f"{case.name}: is a phantom, which has no files to generate from; use --masks or --conditions")
     if schema.mask and case.mask is None and not schema.dropout.get("mask"):
         raise ValueError(f"{case.name}: has no mask in a file to generate from; set data.masks in the config")
-    resampled = _write_resampled(case, data, masks) if schema.mask and case.mask is not None else None
-    own = _mask(case, case.mask, data) if schema.mask and case.mask is not None else None
+    own = case.mask if schema.mask else None
+    resampled = None if own is None else _write_resampled(case, data, masks)
     cells = {name: case.metadata[name] for name in case.metadata if case.metadata[name] not in ("", None)}
     return VolumeRequest(
-        resampled or own,
+        resampled or (None if own is None else _mask(case, own, data)),
         classes={name: cells[name] for name in schema.classes if name in cells},
         numbers={name: cells[name] for name in schema.numbers if name in cells},
         images={name: _image(case, name, data) for name, _ in schema.images},
@@ -121,6 +121,7 @@ def _write_resampled(case: Case, data: DataConfig, folder: Path) -> Path | None:
     mask = Volume(labels, aligned.mask.affine)  # without its source, whose grid is another
     file = folder / f"{case.name}.nii.gz"
     if not (file.is_file() and _is_equal(read_mask(file), mask)):
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_volume(mask, file, description="a mask as the training read it")
     return file

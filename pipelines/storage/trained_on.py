@@ -23,6 +23,7 @@ from volumes.description import DataDescription
 
 from .lora_files import read_lora
 
+MASKS = "masks"  # folder in the output of a run, of masks that it wrote for its volumes
 GENERATED = (
     "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
 )
@@ -96,7 +97,7 @@ def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
             check_subjects(records)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; generate the volumes again") from error
-    of_masks = [read_generated(folder / "masks")] if (folder / "masks").is_dir() and made_by(folder / "masks") else []
+    of_masks = [read_generated(folder / MASKS)] if (folder / MASKS).is_dir() and made_by(folder / MASKS) else []
     return join_records(*(found.get(model) for model in made_by(folder) or [""]), *of_masks)
 
 

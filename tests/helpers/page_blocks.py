@@ -79,7 +79,7 @@ def run_command(words: Sequence[str]) -> None:
     elif words[0] == "python":
         module, args = words[1].removesuffix(".py"), words[2:]
     else:
-        pytest.fail(f"a line that is no command of medvolume: {shlex.join(words)}")
+        pytest.fail(f"this line is not a command of medvolume: {shlex.join(words)}")
     found = importlib.import_module(module)
     main = importlib.import_module(f"{module}.__main__").main if hasattr(found, "__path__") else found.main
     AcceleratorState._reset_state(reset_partial_state=True)

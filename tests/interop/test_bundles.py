@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from convert import main as command
 from diffusion import MonaiUNet3D
 from generate import main as generate
-from interop.bundles import BundleOptions, read_bundle
+from interop.bundle_reader import BundleOptions, read_bundle
 from interop.convert import convert
 from interop.formats import FORMATS
 from interop.networks import PEERS, config_of, expected_shapes
