@@ -81,6 +81,8 @@ class Pane {
       const azimuth = [nv.scene.renderAzimuth, nv.scene.renderElevation];
       nv.setDrawingEnabled(false);
       nv.drawBitmap = null;
+      unlink();
+      nv.screenSlices = []; // until the volumes are there, a click would meet none
       await nv.loadVolumes(volumes.map(({ url, window, shown = 1 }) => ({
         url, name: "volume.nii", colormap: "gray", opacity: shown,
         ...(window ? { cal_min: window[0], cal_max: window[1] } : {}),
@@ -128,10 +130,17 @@ const undo = { past: [], future: [], now: null };
 
 const sameGrid = (a, b) => !!a && !!b && ["shape", "spacing"].every((key) => String(a[key]) === String(b[key]));
 
+// Moves the crosshairs of both views as one, where both show volumes of one grid.
 function link() {
-  const together = sameGrid(left.grid, right.grid);
+  const together = sameGrid(left.grid, right.grid) && left.nv.volumes.length > 0 && right.nv.volumes.length > 0;
   left.nv.broadcastTo(together ? [right.nv] : [], { "2d": true, "3d": true });
   right.nv.broadcastTo(together ? [left.nv] : [], { "2d": true, "3d": true });
+}
+
+// Moves each crosshair alone: NiiVue would look for a place in volumes that are not loaded yet.
+function unlink() {
+  left.nv.broadcastTo([]);
+  right.nv.broadcastTo([]);
 }
 
 const colorOf = (code) => (code >= state.model.unknown ? "#8a8f98" : COLORS[(code - 1) % COLORS.length]);

@@ -361,6 +361,33 @@ def test_a_dropped_mask_is_edited_and_compared(page, tmp_path):
     assert np.array_equal(np.array(page.evaluate("[...studio.right.nv.volumes[0].img]")), second.ravel(order="F"))
 
 
+def test_views_are_clicked_while_one_loads(page):
+    """A view that waits for its volume takes no clicks, and the other moves alone. The fixture fails for errors."""
+    generated(page, 1)
+    page.locator("#seed").fill("5")
+    page.locator("#right-canvas").focus()
+    generated(page, 2)
+    page.locator("#left").select_option(index=page.locator("#left option").count() - 2)
+    until(lambda: page.evaluate("studio.left.shows.startsWith('result:')"))
+    held = []
+    page.route("**/api/results/*/view*", lambda route: held.append(route), times=1)
+    first, second = page.evaluate("[...studio.state.results.keys()]")
+    before = page.evaluate("studio.right.shows")
+    page.locator("#right").select_option(first if before == f"result:{second}" else second)
+    until(lambda: page.evaluate("studio.right.nv.volumes.length") == 0)
+    for canvas in (page.locator("#left-canvas").bounding_box(), page.locator("#right-canvas").bounding_box()):
+        page.mouse.click(canvas["x"] + canvas["width"] * 0.3, canvas["y"] + canvas["height"] * 0.3)
+    alone = page.evaluate("[...studio.left.nv.scene.crosshairPos]")
+    assert not np.allclose(alone, 0.5)
+    for one in held:
+        one.continue_()
+    until(lambda: page.evaluate("studio.right.shows") not in ("", before))
+    canvas = page.locator("#left-canvas").bounding_box()
+    page.mouse.click(canvas["x"] + canvas["width"] * 0.35, canvas["y"] + canvas["height"] * 0.35)
+    places = page.evaluate("[studio.left, studio.right].map((pane) => [...pane.nv.scene.crosshairPos])")
+    assert np.allclose(*places, atol=1e-5) and not np.allclose(places[0], alone)
+
+
 def drop(page, file):
     """Drag a file over the page, and drop it."""
     page.evaluate(
