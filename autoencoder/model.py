@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from torch import nn
 
 from cli.settings import faults, hints_of, refuse
 from files.documents import FileError
@@ -120,7 +121,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
                 f"{wrong or info['mismatched_keys']}"
             )
         check_finite(model, pretrained_model_name_or_path)
-        model.to(memory_format=cls.memory_format)
+        own_weights(model, cls.memory_format)
         remember_files(model, _loaded_files(pretrained_model_name_or_path, kwargs))
         return (model, info) if with_info else model
 
@@ -189,6 +190,20 @@ class VolumeModel(ModelMixin, ConfigMixin):
             self.offloaded_to_disk = folder
             self.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         super().enable_group_offload(onload_device, **kwargs)
+
+
+def own_weights(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Copy the weights of a loaded model into memory of its own, in a memory format.
+
+    Safetensors maps the file. A single small tensor that stayed in it would hold the whole file in memory, beside the
+    copies; and a file that is written over would change the model, or end the process.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    mapped = {tensor.data_ptr() for tensor in tensors if tensor.device.type == "cpu"}
+    model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # copies most of them
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.data_ptr() in mapped:
+            tensor.data = tensor.data.clone()
 
 
 def _loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:

@@ -22,6 +22,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -49,8 +50,15 @@ PINNED = ".in-use"  # suffix of the file beside a folder of links that its jobs 
 
 def cache_root() -> Path:
     """Return the folder of the cache."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "medvolume"
-    return Path(os.environ.get("MEDVOLUME_CACHE") or usual).expanduser().resolve()
+    named = os.environ.get("MEDVOLUME_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "medvolume")
+    named = os.path.expanduser(named)
+    return _resolved(named if os.path.isabs(named) else os.path.abspath(named))
+
+
+@cache
+def _resolved(path: str) -> Path:
+    """Follow the links of a path: once, as a start asks for the cache several times a volume."""
+    return Path(path).resolve()
 
 
 def make_folder(folder: Path) -> None:

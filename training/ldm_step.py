@@ -21,7 +21,6 @@ from diffusion import (
 from diffusion.distillation import Teacher
 from diffusion.folding import cells_with, emphasis_of, hide_parts
 from diffusion.objectives import Scheduler, default_sampler
-from volumes import slices_figure
 
 from .encoder_distance import EncoderDistance
 from .engine.learner import Learner, run_learner
@@ -169,6 +168,8 @@ class LdmTrainingStep:
     def preview(self, items: list[EncodedVolume]) -> "Figure":
         """Draw mask, real volume and the volume generated from its conditions side by side, one row per channel and
         case, always from the same noise, and without the images that training drops."""
+        from volumes import slices_figure  # here, for matplotlib takes a second
+
         cases = []
         for index, item in enumerate(items):
             generated = self._generate(item, torch.Generator().manual_seed(index))

@@ -27,7 +27,7 @@ from autoencoder.losses.reconstruction import cells_inside
 from autoencoder.statistics import join_moments, latent_moments
 from cli.live_bar import LiveBar
 from files.documents import read_object
-from volumes import CropDataset, VolumeDataset, slices_figure
+from volumes import CropDataset, VolumeDataset
 from volumes.data.preprocessing import differences, refuse_differences
 from volumes.data.subjects import join_records
 from volumes.foreground import background_index
@@ -169,6 +169,8 @@ class VaeTrainingStep:
     def preview(self, items: list[WholeVolume]) -> "Figure":
         """Draw real and reconstructed volumes side by side, one row per channel and volume, on the gray scale of the
         channel."""
+        from volumes import slices_figure  # here, for matplotlib takes a second
+
         cases = []
         for item in items:
             reconstruction = self._reconstruct(item["image"][None])[0].clamp(-1, 1)

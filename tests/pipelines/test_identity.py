@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,15 @@ def test_overwritten_files_do_not_identify_the_loaded_model(tmp_path):
     pipe = load(tmp_path)
     tiny_pipeline(seed=1).save_pretrained(tmp_path)
     assert pipe.model_hash == tiny_pipeline().model_hash != load(tmp_path).model_hash
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_weights_leave_their_files(folder, dtype):
+    """A mapped file would stay in memory beside the weights, and what is written over it would change them."""
+    pipe = load(folder, dtype=dtype)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_offloaded_weights_keep_their_name(folder):

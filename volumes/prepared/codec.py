@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -28,50 +29,63 @@ def from_plain(kind: type[Kind], value: object) -> Kind:
 
     Raises: ValueError for anything else.
     """
-    return cast(Kind, _read(kind, value))
+    return cast(Kind, _reader(kind)(value))
 
 
 @cache
-def _hints(kind: type) -> dict[str, object]:
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
-@cache
-def _form(kind: object) -> tuple[object, tuple[object, ...]]:
-    return get_origin(kind), get_args(kind)
-
-
-def _read(kind: object, value: object) -> object:
-    origin, parts = _form(kind)
+def _reader(kind: object) -> Callable[[object], object]:
+    """Return what reads values of a type: thousands of volumes are read at each start."""
+    origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in parts:
-            return None
-        return _read(next(part for part in parts if part is not type(None)), value)
+        [other] = [_reader(part) for part in parts if part is not type(None)]
+        return lambda value: None if value is None else other(value)
     if origin is tuple:
-        _expect(isinstance(value, list), value)
-        rows = cast(list[object], value)
-        kinds = [parts[0]] * len(rows) if parts[-1] is Ellipsis else list(parts)
-        _expect(len(kinds) == len(rows), value)
-        return tuple(_read(part, row) for part, row in zip(kinds, rows, strict=True))
+        if parts[-1] is Ellipsis:
+            return partial(_read_rows, _reader(parts[0]))
+        return partial(_read_tuple, tuple(map(_reader, parts)))
     if kind is np.ndarray:
-        _expect(isinstance(value, list), value)
-        try:
-            return np.array(value, np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"no array of numbers: {str(value)[:80]}") from error
+        return _read_array
     if isinstance(kind, type) and is_dataclass(kind):
-        _expect(isinstance(value, dict), value)
-        named, hints = cast(dict[str, object], value), _hints(kind)
-        _expect(named.keys() == hints.keys(), value)
-        return kind(**{name: _read(hints[name], one) for name, one in named.items()})
-    if kind is float:
-        _expect(type(value) in (int, float), value)
-        return value  # an integer stays one: a window of 0 to 1 computes as its config says
-    _expect(type(value) is kind, value)
+        hints = get_type_hints(kind)
+        return partial(_read_object, kind, {field.name: _reader(hints[field.name]) for field in fields(kind)})
+    # An integer stays one: a window of 0 to 1 computes as its config says.
+    return partial(_read_scalar, (int, float) if kind is float else (kind,))
+
+
+def _read_rows(read: Callable[[object], object], value: object) -> object:
+    if type(value) is not list:
+        raise _unexpected(value)
+    return tuple([read(row) for row in value])
+
+
+def _read_tuple(readers: Sequence[Callable[[object], object]], value: object) -> object:
+    if type(value) is not list or len(value) != len(readers):
+        raise _unexpected(value)
+    return tuple([read(row) for read, row in zip(readers, value, strict=True)])
+
+
+def _read_array(value: object) -> object:
+    if type(value) is not list:
+        raise _unexpected(value)
+    try:
+        return np.array(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"no array of numbers: {str(value)[:80]}") from error
+
+
+def _read_object(
+    kind: Callable[..., object], readers: Mapping[str, Callable[[object], object]], value: object
+) -> object:
+    if type(value) is not dict or value.keys() != readers.keys():
+        raise _unexpected(value)
+    return kind(**{name: readers[name](one) for name, one in value.items()})
+
+
+def _read_scalar(kinds: tuple[object, ...], value: object) -> object:
+    if type(value) not in kinds:
+        raise _unexpected(value)
     return value
 
 
-def _expect(fits: bool, value: object) -> None:
-    if not fits:
-        raise ValueError(f"unexpected {str(value)[:80]!r}")
+def _unexpected(value: object) -> ValueError:
+    return ValueError(f"unexpected {str(value)[:80]!r}")

@@ -142,7 +142,7 @@ class Preparation:
                 if found is None or not suffices(key, found):
                     found, arrays, stored = self._prepare(case, key)
                     held = None if stored else self._kept(arrays, found.nbytes)
-        numbers = tuple(read_numbers(case, self.config.numbers, found.grid))
+        numbers = tuple(read_numbers(case, self.config.numbers, found.grid)) if self.config.numbers else ()
         return Ready(key, replace(found, classes=classes, numbers=numbers), held)
 
     def _kept(self, arrays: Arrays, nbytes: int) -> Arrays | None:
