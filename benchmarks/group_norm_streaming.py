@@ -27,7 +27,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--large", type=count, nargs="*", default=(), help="of cubes that are decoded in slabs only")
     parser.add_argument("--channels", type=count, nargs=3, default=CHANNELS, help="of the levels (64 128 256)")
     parser.add_argument("--groups", type=count, default=32, help="of the norms (32)")
-    parser.add_argument("--slab_mib", type=count, default=256, help="MiB that activations may take (256)")
+    parser.add_argument("--slab_mib", type=count, default=128, help="MiB that activations may take (128)")
     parser.add_argument("--timeout", type=count, default=240, help="minutes after which a coding is stopped (240)")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
