@@ -51,7 +51,7 @@ def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
     visitor = threading.Thread(target=visit)
     visitor.start()
     with pytest.raises(KeyboardInterrupt):
-        serve(ServerSettings(str(folder), port=0))
+        serve(ServerSettings([str(folder)], port=0))
     visitor.join()
     signal.signal(signal.SIGINT, before)
     assert "<title>medvolume studio</title>" in seen[0] and len(seen[1]) == 1
@@ -61,7 +61,7 @@ def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
 
 def test_a_pipeline_that_cannot_be_loaded_ends_it(tmp_path, printed):
     with pytest.raises(CannotContinue, match="nowhere"):
-        serve(ServerSettings(str(tmp_path / "nowhere"), host="0.0.0.0", port=0))
+        serve(ServerSettings([str(tmp_path / "nowhere")], host="0.0.0.0", port=0))
     [caution] = [line for line in printed if "Caution" in line]
     assert "other machines reach the studio" in caution and "ssh -L" in caution
 
@@ -88,7 +88,7 @@ def test_a_model_that_fails_before_the_server_exists_ends_it(tmp_path, printed, 
 
     def run():
         with pytest.raises(CannotContinue, match="nowhere"):
-            serve(ServerSettings(str(tmp_path / "nowhere"), port=0))
+            serve(ServerSettings([str(tmp_path / "nowhere")], port=0))
         ended.append(True)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -101,7 +101,7 @@ def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}: cannot listen there .*give another --port"):
-            listening(ServerSettings("p", port=port))
+            listening(ServerSettings(["p"], port=port))
 
 
 def test_the_address_is_for_a_browser_on_this_machine():
@@ -125,4 +125,4 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_the_defaults_of_the_command_are_those_of_the_settings():
     options = vars(parse(["--pipeline", "p"]))
-    assert options == vars(ServerSettings("p"))
+    assert options == vars(ServerSettings(["p"]))
