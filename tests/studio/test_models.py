@@ -188,7 +188,7 @@ OTHERS = {
     "labels": {"0": "background", "2": "anterior", "5": "tail"},
     "channels": ["CT"],
     "intensity": [SCALE | {"high": 310.0}],
-    "reading": {"axes": "RAS"},
+    "reading": {"axes": "CXYZ"},
 }
 
 
@@ -198,7 +198,7 @@ OTHERS = {
         ("labels", "labels (5 = tail; there 5 = posterior)"),
         ("channels", "channels (CT; there MR)"),
         ("intensity", "windows (100.0 to 310.0; there 100.0 to 300.0)"),
-        ("reading", "reading of headers (axes = RAS; there none)"),
+        ("reading", "reading of headers (axes = CXYZ; there none)"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(teacher, tmp_path, what, difference):

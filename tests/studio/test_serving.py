@@ -1,5 +1,6 @@
 """The studio's command: where it listens, what it prints, and how it ends."""
 
+import json
 import os
 import re
 import signal
@@ -45,16 +46,21 @@ def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
             opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
             seen.append(opener.open(found[0], timeout=60).read().decode())
             seen.append([path.name for path in tmp_path.glob("medvolume-studio-*/*")])
+            state = {}
+            while not state.get("ready"):
+                state = json.load(opener.open(found[0].split("?")[0] + "api/state", timeout=60))
+            seen.append(state["models"])
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
     visitor = threading.Thread(target=visit)
     visitor.start()
     with pytest.raises(KeyboardInterrupt):
-        serve(ServerSettings([str(folder)], port=0))
+        serve(ServerSettings([str(folder), f"{folder}/"], port=0))
     visitor.join()
     signal.signal(signal.SIGINT, before)
     assert "<title>medvolume studio</title>" in seen[0] and len(seen[1]) == 1
+    assert seen[2] == [{"name": str(folder), "title": "tiny"}]  # one model, by two spellings
     assert list(tmp_path.glob("medvolume-studio-*")) == []
     assert not any("Caution" in line for line in printed)
 
@@ -126,3 +132,4 @@ def test_missing_packages_are_named(monkeypatch):
 def test_the_defaults_of_the_command_are_those_of_the_settings():
     options = vars(parse(["--pipeline", "p"]))
     assert options == vars(ServerSettings(["p"]))
+    assert parse(["--pipeline", "p", "q", "--port", "0"]).pipeline == ["p", "q"]
