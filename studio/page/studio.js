@@ -392,8 +392,11 @@ function options(select, pairs, groups = false) {
   }) : pairs.map(make)));
 }
 
-const title = (result) => `#${result.number} ${result.name.replace(/_000$/, "")}`;
-const titleWithModel = (result) => (state.models.size > 1 ? `${title(result)} · ${state.models.get(result.model).title}` : title(result));
+const nameOf = (result) => result.name.replace(/_000$/, "");
+const title = (result) => `#${result.number} ${nameOf(result)}`;
+// The model comes first: of a long text in a list the end is cut off, and volumes of one mask are told apart by it.
+const titleWithModel = (result) => (state.models.size > 1
+  ? `#${result.number} ${state.models.get(result.model).title} · ${nameOf(result)}` : title(result));
 
 function lists() {
   const model = state.model, results = [...state.results.values()], fits = (one) => sameGrid(one, state.mask);
@@ -433,6 +436,7 @@ function lists() {
 function markCards() {
   document.querySelectorAll(".card").forEach((card) =>
     card.classList.toggle("shown", [shownId(left), shownId(right)].includes(card.dataset.id)));
+  for (const id of ["left", "right"]) $(id).title = $(id).selectedOptions[0]?.textContent ?? "";
   $("blink").disabled = !canBlink();
   $("difference").disabled = !canBlink() && right.shows !== "difference";
 }

@@ -448,7 +448,7 @@ def test_another_model_is_chosen(browser, tmp_path):
         assert [result[:2] for result in results] == [[str(folders[0]), 4], [str(folders[1]), 2]]
         assert results[0][2] == results[1][2]
         assert page.locator(".card .of").all_inner_texts() == ["student", "teacher"]
-        assert page.locator("#right option").all_inner_texts() == ["#1 first · teacher", "#2 first · student"]
+        assert page.locator("#right option").all_inner_texts() == ["#1 teacher · first", "#2 student · first"]
 
         chosen.select_option("other")
         said = "document.querySelector('#message.bad')?.textContent ?? ''"
