@@ -181,7 +181,8 @@ class Worker:
         if self._in_memory is None or self._in_memory[0] != job.model:
             job.loading = True
             self._in_memory = None
-            gc.collect()  # a pipeline and its modules refer to each other
+            if self.models:  # not at the start, for it takes half a second
+                gc.collect()  # a pipeline and its modules refer to each other
             pipe = self._load(job.model)
             self.models[job.model] = StudioModel.of(job.model, pipe)
             self._in_memory = job.model, pipe
