@@ -410,8 +410,10 @@ def test_a_stroke_that_is_painted_late_is_a_step_of_undo(page):
     """NiiVue may paint after the end of the stroke was noticed. What comes next is another step."""
     before = drawn(page, (8, 10, 12))
     page.evaluate(  # the page looks first 60 ms after the stroke
-        "() => { document.getElementById('left-canvas').dispatchEvent(new PointerEvent('pointerup', { bubbles: true }));"
-        " setTimeout(() => { window.steps = studio.undo.past.length; studio.left.nv.drawBitmap.fill(1, 0, 8); }, 150); }"
+        "() => { const canvas = document.getElementById('left-canvas');"
+        " canvas.dispatchEvent(new PointerEvent('pointerup', { bubbles: true }));"
+        " const late = () => { window.steps = studio.undo.past.length; studio.left.nv.drawBitmap.fill(1, 0, 8); };"
+        " setTimeout(late, 150); }"
     )
     until(lambda: page.evaluate("studio.undo.past.length") == 1)
     assert page.evaluate("window.steps") == 0
