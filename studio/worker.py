@@ -3,7 +3,6 @@
 A volume is planned and prepared as `medvolume generate` does, from the same seed, so that it has the same voxels.
 """
 
-import gc
 import itertools
 import logging
 import queue
@@ -180,9 +179,7 @@ class Worker:
         """
         if self._in_memory is None or self._in_memory[0] != job.model:
             job.loading = True
-            self._in_memory = None
-            if self.models:  # not at the start, for it takes half a second
-                gc.collect()  # a pipeline and its modules refer to each other
+            self._in_memory = None  # frees the other one: nothing else refers to it
             pipe = self._load(job.model)
             self.models[job.model] = StudioModel.of(job.model, pipe)
             self._in_memory = job.model, pipe

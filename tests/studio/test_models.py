@@ -28,24 +28,26 @@ def student(tmp_path_factory):
 
 
 class Loads:
-    """Loads pipelines: `names` in order, and who of them is still in memory. It waits for `go_on`, which is set."""
+    """Loads pipelines: `names` in order, and who of them is still in memory: nobody, when the next one is loaded. It
+    waits for `go_on`, which is set."""
 
     def __init__(self):
-        self.names, self.pipes = [], []
+        self.names, self.parts = [], []
         self.began, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
     def __call__(self, name):
+        assert self.in_memory == []
         self.names.append(name)
         self.began.set()
         assert self.go_on.wait(PATIENCE)
         pipe = loaded.__wrapped__(name)
-        self.pipes.append(weakref.ref(pipe))
+        self.parts += [(name, weakref.ref(part)) for part in (pipe, pipe.unet, pipe.vae)]
         return pipe
 
     @property
     def in_memory(self):
-        return [name for name, pipe in zip(self.names, self.pipes, strict=True) if pipe() is not None]
+        return sorted({name for name, part in self.parts if part() is not None})
 
 
 @pytest.fixture
