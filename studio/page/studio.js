@@ -10,7 +10,7 @@ const BLINK_MS = 600;
 
 const state = {
   model: null, // what the server says of the chosen pipeline
-  models: new Map(), // by name: title, about (what the server says, once it was loaded), fields (steps and guidance, once it was left)
+  models: new Map(), // by name: title, about (what the server says, once it was loaded), fields (steps and guidance, once it was left), refused
   masks: new Map(), images: new Map(), results: new Map(), examples: [],
   mask: null, // the mask that is painted on
   job: null,
@@ -743,11 +743,12 @@ function useModel(model) {
 // Changes to a model, which is loaded first if the page knows nothing of it yet.
 async function chooseModel(name) {
   const entry = state.models.get(name), about = () => askJson("GET", `/api/model?name=${encodeURIComponent(name)}`);
+  const busy = $("generate").disabled;
   $("model-list").value = name;
   try {
     entry.about ??= (await about()).pipeline;
     if (!entry.about) {
-      if ($("generate").disabled) throw new Error("This model has to be loaded; wait for the volume, or cancel it first.");
+      if (busy) throw new Error("This model has to be loaded; wait for the volume, or cancel it first.");
       await running(() => ({ model: name, load: true }));
       entry.about = (await about()).pipeline;
     }
@@ -757,14 +758,18 @@ async function chooseModel(name) {
     if (entry.about.mask === "none" && state.mask) await chooseMask(null);
     else if (entry.about.mask === "required" && !state.mask) await firstMask();
     else lists();
+    entry.refused = false;
     say(`${entry.title} generates the next volume.`);
+  } catch (error) {
+    entry.refused = !busy;
+    throw error;
   } finally {
     $("model-list").value = state.model.name;
   }
 }
 
 function nextModel() {
-  const names = [...state.models.keys()];
+  const names = [...state.models.keys()].filter((name) => name === state.model.name || !state.models.get(name).refused);
   if (names.length > 1) return chooseModel(names[(names.indexOf(state.model.name) + 1) % names.length]);
 }
 
@@ -875,7 +880,7 @@ async function begin() {
     first = await askJson("GET", "/api/state");
   }
   const model = first.pipeline, several = first.models.length > 1;
-  for (const { name, title } of first.models) state.models.set(name, { title, about: null, fields: null });
+  for (const { name, title } of first.models) state.models.set(name, { title, about: null, fields: null, refused: false });
   state.examples = model.examples;
   options($("model-list"), first.models.map(({ name, title }) => [name, title]));
   $("models").hidden = !several;
