@@ -2,6 +2,10 @@
 
     medvolume studio --pipeline weights/hippocampus
     medvolume studio --pipeline shipped:hippocampus --mask_pipeline shipped:hippocampus-masks --port 8000
+    medvolume studio --pipeline weights/hippocampus weights/hippocampus-fast
+
+Several pipelines are compared on one mask: one is in memory at a time, and another is loaded when a volume of it is
+asked for. They must agree in labels, channels and intensity windows.
 
 Open the address that it prints: it holds a token, without which nothing is served. Only this machine can reach the
 page, unless --host says otherwise. Each browser has a session of its own. Its files lie in a temporary folder, and are
@@ -21,9 +25,10 @@ PORT = 7860
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser(prog=console_program(), description=__doc__)
-    parser.add_argument("--pipeline", required=True, help="pipeline folder, shipped:NAME or Hub repository")
+    pipeline_help = "pipeline folder, shipped:NAME or Hub repository; the first of several is loaded at the start"
+    parser.add_argument("--pipeline", required=True, nargs="+", help=pipeline_help)
     parser.add_argument(
-        "--mask_pipeline", help="pipeline of label maps, for masks to start from; it loads when it is used"
+        "--mask_pipeline", help="pipeline of label maps, for masks to start from; it is loaded when it is used"
     )
     parser.add_argument("--port", type=Number(NonNegativeInt), default=PORT, help=f"0 takes a free one ({PORT})")
     host_help = "address to listen at; any other than 127.0.0.1 lets others reach the page (127.0.0.1)"
@@ -47,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     serve(
         ServerSettings(
-            pipeline=expand_path(options.pipeline),
+            pipeline=[expand_path(name) for name in options.pipeline],
             mask_pipeline=None if options.mask_pipeline is None else expand_path(options.mask_pipeline),
             host=options.host,
             port=options.port,

@@ -53,19 +53,27 @@ def explain(request: Request, error: Exception) -> Response:
 async def get_state(request: Request) -> Response:
     """All that a page needs when it opens, or opens again."""
     studio, session = studio_of(request), session_of(request)
-    if studio.worker.pipe is None:
+    if not studio.worker.loaded.is_set():
         return JSONResponse({"ready": False})
     return JSONResponse(
         {
             "ready": True,
-            "pipeline": await run_in_threadpool(studio.page.to_json),
-            "new_masks": studio.mask_pipe is not None,
+            "models": [{"name": name, "title": studio.titles[name]} for name in studio.pipelines],
+            "pipeline": studio.first.to_json(),
+            "new_masks": studio.mask_pipeline is not None,
             "masks": [mask.to_json() for mask in list(session.masks.values())],
             "images": [image.to_json() for image in list(session.images.values())],
             "results": [result.to_json() for result in list(session.results.values())],
-            "jobs": [jobs.job_json(studio.worker, job) for job in studio.worker.of(session.id)],
+            "jobs": [jobs.job_json(studio, job) for job in studio.worker.of(session.id)],
         }
     )
+
+
+async def get_model(request: Request) -> Response:
+    """What the page needs to know of the model that the query names; null before it was loaded."""
+    studio = studio_of(request)
+    model = studio.model(studio.named(request.query_params.get("name")))
+    return JSONResponse({"pipeline": None if model is None else model.to_json()})
 
 
 async def end_session(request: Request) -> Response:
@@ -79,6 +87,7 @@ async def end_session(request: Request) -> Response:
 
 ROUTES = [
     ("GET", "/api/state", get_state),
+    ("GET", "/api/model", get_model),
     ("POST", "/api/uploads", inputs.begin_upload),
     ("PUT", "/api/uploads/{upload}", inputs.upload_file),
     ("POST", "/api/masks", inputs.add_mask),

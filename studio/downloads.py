@@ -19,7 +19,7 @@ from .session import StudioResult
 DATASET = "Dataset501_Studio"
 
 
-def write_pairs(results: Sequence[StudioResult], pipeline: str, archive: Path) -> None:
+def write_pairs(results: Sequence[StudioResult], archive: Path) -> None:
     """Write a zip with each result's volume and record, what it was generated from, and how to make it again.
 
     One result lies at the root; each of several has a folder of its own, named by its number.
@@ -34,8 +34,9 @@ def write_pairs(results: Sequence[StudioResult], pipeline: str, archive: Path) -
                 for file in volume_parts(source):
                     inner = f"{source.name}/{file.name}" if source.is_dir() else file.name
                     packed.write(file, f"{place}{inner}", _kind(file))
-            packed.writestr(f"{place}again.py", as_python(pipeline, result.request, result.record, stem))
-            packed.writestr(f"{place}again.sh", as_command(pipeline, result.request, result.record, result.seed) + "\n")
+            packed.writestr(f"{place}again.py", as_python(result.model, result.request, result.record, stem))
+            command = as_command(result.model, result.request, result.record, result.seed)
+            packed.writestr(f"{place}again.sh", f"{command}\n")
             if table := table_of(result.request):
                 packed.writestr(f"{place}{TABLE}", table)
 

@@ -23,15 +23,13 @@ class LabelCodes:
     Attributes:
         values: the label value of code 0, 1, ...
         names: the label's name of each.
-        partial: whether the model takes masks with voxels of an unknown label.
     """
 
     values: tuple[int, ...]
     names: tuple[str, ...]
-    partial: bool = False
 
     @classmethod
-    def of(cls, labels: Mapping[int, str], partial: bool = False) -> "LabelCodes":
+    def of(cls, labels: Mapping[int, str]) -> "LabelCodes":
         """Give each label of a model a code; the background is label 0, or the lowest one.
 
         Raises: ValueError for more labels than there are codes.
@@ -39,7 +37,7 @@ class LabelCodes:
         if len(labels) > MOST:
             raise ValueError(f"the studio paints at most {MOST} labels, this model has {len(labels)}")
         values = sorted(labels, key=lambda value: (value != 0, value))
-        return cls(tuple(values), tuple(labels[value] for value in values), partial)
+        return cls(tuple(values), tuple(labels[value] for value in values))
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Turn label values (X, Y, Z) into codes, uint8 of the same shape. Raises: ValueError for other values."""
@@ -67,8 +65,7 @@ class LabelCodes:
         table = np.full(256, np.iinfo(np.int16).min, np.int16)
         table[: len(self.values)] = self.values
         table[OUTSIDE_CODE] = PADDING
-        if self.partial:
-            table[UNKNOWN_CODE] = UNKNOWN
+        table[UNKNOWN_CODE] = UNKNOWN  # a model that takes whole masks alone refuses it when it generates
         used = np.unique(codes)
         if wrong := [code for code in used.tolist() if table[code] == np.iinfo(np.int16).min]:
             raise ValueError(f"the drawing holds the codes {wrong[:5]}, which are no labels of this model")

@@ -2,8 +2,8 @@
 
 import importlib.util
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +26,7 @@ volumes. To use the studio of a machine that you reach by ssh, leave out --host 
 class ServerSettings:
     """The arguments of the command, see `medvolume studio --help`."""
 
-    pipeline: str
+    pipeline: Sequence[str]
     mask_pipeline: str | None = None
     host: str = "127.0.0.1"
     port: int = 7860
@@ -38,7 +38,8 @@ class ServerSettings:
 def serve(settings: ServerSettings) -> None:
     """Serve the studio until it is told to end.
 
-    Raises: ValueError if a package is missing or the port is taken. CannotContinue if the pipeline cannot be loaded.
+    Raises: ValueError if a package is missing or the port is taken. CannotContinue if the first pipeline cannot be
+    loaded.
     """
     check_installed()
     import uvicorn
@@ -61,9 +62,10 @@ def serve(settings: ServerSettings) -> None:
             if server is not None:
                 server.should_exit = True
 
-        worker = Worker(lambda: load(settings, settings.pipeline), failed)
+        pipelines = list(dict.fromkeys(map(from_anywhere, settings.pipeline)))
+        worker = Worker(lambda name: load(settings, name), pipelines[0], failed)
         studio = Studio(
-            pipeline=from_anywhere(settings.pipeline),
+            pipelines=pipelines,
             worker=worker,
             sessions=Sessions(Path(folder)),
             token=new_token(),
@@ -71,9 +73,7 @@ def serve(settings: ServerSettings) -> None:
             host=settings.host,
             cookie=f"medvolume_studio_{port}",
             most=settings.upload_mb << 20,
-            mask_pipe=None
-            if settings.mask_pipeline is None
-            else cache(partial(load, settings, settings.mask_pipeline)),
+            mask_pipeline=None if settings.mask_pipeline is None else from_anywhere(settings.mask_pipeline),
         )
         config = uvicorn.Config(make_app(studio), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from files.names import same_name
-from pipelines.base import VolumePipeline
 from pipelines.inputs.masks import MaskLike, model_values
 from pipelines.inputs.request import VolumeRequest
 from pipelines.storage.provenance import channel_files, sidecar_path
 from pipelines.storage.record import GenerationRecord
 from volumes import Volume, read_volume, volume_parts, volume_stem, write_volume
 
-from .labels import LabelCodes, drawing
+from .labels import drawing
+from .models import StudioModel
 
 IDLE_HOURS = 12  # after which a session ends
 SERIES = "series"  # the folder of an upload, which names a DICOM series
@@ -67,6 +67,7 @@ class StudioResult:
 
     Attributes:
         number: in the session, from 1.
+        model: the name of the pipeline that generated it.
         path: of the volume, see `provenance.channel_files`.
         grid: as that of `StudioMask`.
         seed: that the user gave, of which `record.seed` was computed.
@@ -75,6 +76,7 @@ class StudioResult:
 
     id: str
     number: int
+    model: str
     path: Path
     grid: Volume
     request: VolumeRequest
@@ -96,6 +98,7 @@ class StudioResult:
         return {
             "id": self.id,
             "number": self.number,
+            "model": self.model,
             "name": sidecar_path(self.path).stem,
             "mask": self.mask,
             "seed": self.seed,
@@ -150,10 +153,10 @@ class Session:
         names = [root, *(f"{root}_v{number}" for number in range(2, len(taken) + 3))]
         return next(name for name in names if same_name(name) not in taken)
 
-    def add_mask(self, file: Path, pipe: VolumePipeline, codes: LabelCodes) -> StudioMask:
+    def add_mask(self, file: Path, model: StudioModel) -> StudioMask:
         """Read a mask, check it for the model, and add it. Raises: ValueError for one that cannot be used."""
-        values = model_mask(file, pipe)
-        codes.encode(values.array[0])
+        values = model_mask(file, model)
+        model.codes.encode(values.array[0])
         with self.lock:
             root = volume_stem(file)
             name = self.free_name(root)
@@ -163,32 +166,33 @@ class Session:
                 file = file.rename(file.with_name(f"{name}{file.name[len(root) :]}"))
             return self._keep(name, root, file, values)
 
-    def example(self, file: Path, pipe: VolumePipeline, codes: LabelCodes) -> StudioMask:
+    def example(self, file: Path, model: StudioModel) -> StudioMask:
         """Return an example of the pipeline as a mask of the session. Errors as `add_mask`."""
         with self.lock:
             known = next((mask for mask in self.masks.values() if mask.file == file), None)
-            return known or self.add_mask(file, pipe, codes)
+            if known is None and self.free_name(volume_stem(file)) != volume_stem(file):
+                # `add_mask` would rename the file, which is not the session's
+                raise ValueError(f"{file.name}: the session has a mask of this name; open yours under another name")
+            return known or self.add_mask(file, model)
 
-    def add_empty(self, grid: Volume, root: str, codes: LabelCodes) -> StudioMask:
+    def add_empty(self, grid: Volume, root: str, model: StudioModel) -> StudioMask:
         """Add a mask of background on a grid; what is painted on it is called `root`."""
         with self.lock:
             name = self.free_name("empty")
             file = self.new_folder("masks") / f"{name}.nii.gz"
-            empty = grid.replace(np.full((1, *grid.shape), codes.values[0], np.int16))
+            empty = grid.replace(np.full((1, *grid.shape), model.codes.values[0], np.int16))
             write_volume(empty, file)
             return self._keep(name, root, file, empty)
 
-    def paint(
-        self, grid: Volume, root: str, data: bytes, codes: LabelCodes, known: StudioMask | None, pipe: VolumePipeline
-    ) -> StudioMask:
+    def paint(self, grid: Volume, root: str, data: bytes, model: StudioModel, known: StudioMask | None) -> StudioMask:
         """Write a painted mask, on the grid and in the orientation that `grid` was stored in, and add it.
 
         Args:
             data: of the drawing, see `LabelCodes.decode`.
             known: the mask that was painted on; it is returned if nothing changed.
         """
-        values = codes.decode(data, grid.shape)
-        if known is not None and np.array_equal(values, model_mask(known.file, pipe).array[0]):
+        values = model.codes.decode(data, grid.shape)
+        if known is not None and np.array_equal(values, model_mask(known.file, model).array[0]):
             return known
         with self.lock:
             name = self.free_name(root)
@@ -201,9 +205,9 @@ class Session:
         self.masks[mask.id] = mask
         return mask
 
-    def add_image(self, file: Path, pipe: VolumePipeline) -> StudioImage:
+    def add_image(self, file: Path, model: StudioModel) -> StudioImage:
         """Read an image and add it. Raises: ValueError for one that cannot be read."""
-        volume = read_volume(file, **pipe.data.reading)
+        volume = read_volume(file, **model.data.reading)
         with self.lock:
             image = StudioImage(self.next_id(), volume_stem(file), file, without_voxels(volume))
             self.images[image.id] = image
@@ -255,15 +259,15 @@ class Sessions:
             self.end(session)
 
 
-def model_mask(mask: MaskLike, pipe: VolumePipeline) -> Volume:
+def model_mask(mask: MaskLike, model: StudioModel) -> Volume:
     """Read a mask in the label values of a model, in RAS+ order. Raises: ValueError for one that it does not take."""
-    data = pipe.data
+    data = model.data
     return model_values(mask, data.labels, None, np.array(data.affine, dtype=np.float64), data.reading)
 
 
-def mask_drawing(mask: StudioMask, pipe: VolumePipeline, codes: LabelCodes) -> bytes:
+def mask_drawing(mask: StudioMask, model: StudioModel) -> bytes:
     """Return a mask as the bytes of a drawing."""
-    return drawing(codes.encode(model_mask(mask.file, pipe).array[0]))
+    return drawing(model.codes.encode(model_mask(mask.file, model).array[0]))
 
 
 def without_voxels(volume: Volume) -> Volume:

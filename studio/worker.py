@@ -1,4 +1,4 @@
-"""The thread that has the model: it loads it, and generates one volume after the other.
+"""The thread that has the model: it loads the one that a job needs, and generates one volume after the other.
 
 A volume is planned and prepared as `medvolume generate` does, from the same seed, so that it has the same voxels.
 """
@@ -28,6 +28,8 @@ from pipelines.sampling import SamplingConfig
 from pipelines.storage.provenance import channel_files, write_synthetic
 from pipelines.storage.record import GenerationRecord
 
+from .models import StudioModel
+
 logger = logging.getLogger(__name__)
 
 QUEUED, RUNNING, DONE, FAILED, CANCELED = "queued", "running", "done", "failed", "canceled"
@@ -46,15 +48,19 @@ class Job:
 
     Attributes:
         owner: id of the session.
+        model: name of the pipeline that it needs.
         work: is called with the pipeline and this job; what it returns is `result`.
+        loading: whether its model is being loaded, while it runs.
         step, steps: of the denoising, once it runs.
         message: why it failed.
     """
 
     id: str
     owner: str
+    model: str
     work: Callable[[VolumePipeline, "Job"], object]
     state: str = QUEUED
+    loading: bool = False
     step: int = 0
     steps: int = 0
     message: str = ""
@@ -69,30 +75,33 @@ class Job:
 
 
 class Worker:
-    """The queue and its thread.
+    """The queue and its thread. One model is in memory; a job that needs another has it loaded in its place.
 
     Args:
-        load: returns the pipeline; it is called in the thread, once.
-        on_failure: is told why it could not be loaded.
+        load: returns the pipeline of a name; it is called in the thread.
+        first: name of the pipeline that is loaded at the start.
+        on_failure: is told why that one could not be loaded.
+
+    Attributes:
+        models: by name, all that were loaded so far.
+        loaded: is set once the first is.
     """
 
-    def __init__(self, load: Callable[[], VolumePipeline], on_failure: Callable[[BaseException], object]) -> None:
-        self._load, self._on_failure = load, on_failure
+    def __init__(
+        self, load: Callable[[str], VolumePipeline], first: str, on_failure: Callable[[BaseException], object]
+    ) -> None:
+        self._load, self._first, self._on_failure = load, first, on_failure
         self._waiting: queue.Queue[Job | None] = queue.Queue()
         self._jobs: dict[str, Job] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._pipe: VolumePipeline | None = None
+        self._in_memory: tuple[str, VolumePipeline] | None = None  # nothing else keeps the pipeline
+        self.models: dict[str, StudioModel] = {}
         self.loaded = threading.Event()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    @property
-    def pipe(self) -> VolumePipeline | None:
-        """The pipeline; None until it is loaded."""
-        return self._pipe
-
-    def submit(self, owner: str, work: Callable[[VolumePipeline, Job], object]) -> Job:
+    def submit(self, owner: str, model: str, work: Callable[[VolumePipeline, Job], object]) -> Job:
         """Add work to the queue. Raises: ValueError if its owner has too much waiting."""
         with self._lock:
             for old in [job for job in self._jobs.values() if job.owner == owner and job.over][:-MOST_WAITING]:
@@ -100,7 +109,7 @@ class Worker:
             mine = [job for job in self._jobs.values() if job.owner == owner and not job.over]
             if len(mine) >= MOST_WAITING:
                 raise ValueError(f"{MOST_WAITING} volumes are waiting already; wait for one of them, or cancel it")
-            job = Job(str(next(self._numbers)), owner, work)
+            job = Job(str(next(self._numbers)), owner, model, work)
             self._jobs[job.id] = job
         self._waiting.put(job)
         return job
@@ -140,7 +149,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._pipe = self._load()
+            self._pipe(Job("", "", self._first, lambda *_: None))
         except BaseException as error:
             self._on_failure(error)
             return
@@ -152,7 +161,7 @@ class Worker:
                     continue
                 job.state = RUNNING
             try:
-                job.result = job.work(self._pipe, job)
+                job.result = job.work(self._pipe(job), job)
                 job.state = DONE
             except Canceled:
                 job.state = CANCELED
@@ -162,6 +171,22 @@ class Worker:
                 job.state = FAILED
                 if message is None:
                     logger.exception("a volume could not be generated")
+
+    def _pipe(self, job: Job) -> VolumePipeline:
+        """Return the pipeline of a job; it is loaded if another is in memory, which is freed first.
+
+        Raises: Canceled if the job was canceled meanwhile. What loading raises.
+        """
+        if self._in_memory is None or self._in_memory[0] != job.model:
+            job.loading = True
+            self._in_memory = None  # frees the other one: nothing else refers to it
+            pipe = self._load(job.model)
+            self.models[job.model] = StudioModel.of(job.model, pipe)
+            self._in_memory = job.model, pipe
+            job.loading = False
+            if job.stop.is_set():
+                raise Canceled
+        return self._in_memory[1]
 
 
 @dataclass(frozen=True)

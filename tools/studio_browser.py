@@ -25,9 +25,9 @@ Places = Sequence[tuple[float, float]]  # of the axial slice, in shares of its w
 
 
 @contextmanager
-def served(pipeline: str) -> Iterator[str]:
+def served(*pipelines: str) -> Iterator[str]:
     """Run the studio, and yield its address."""
-    command = [sys.executable, str(ROOT / "medvolume.py"), "studio", "--pipeline", pipeline, "--port", "0"]
+    command = [sys.executable, str(ROOT / "medvolume.py"), "studio", "--pipeline", *pipelines, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None

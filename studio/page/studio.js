@@ -9,8 +9,9 @@ const NIFTI_OFFSET = 352;
 const BLINK_MS = 600;
 
 const state = {
-  model: null, // what the server says of the pipeline
-  masks: new Map(), images: new Map(), results: new Map(),
+  model: null, // what the server says of the chosen pipeline
+  models: new Map(), // by name: title, about (what the server says, once it was loaded), fields (steps and guidance, once it was left), refused
+  masks: new Map(), images: new Map(), results: new Map(), examples: [],
   mask: null, // the mask that is painted on
   job: null,
   tool: "pen", label: 1, blinking: null,
@@ -391,7 +392,11 @@ function options(select, pairs, groups = false) {
   }) : pairs.map(make)));
 }
 
-const title = (result) => `#${result.number} ${result.name.replace(/_000$/, "")}`;
+const nameOf = (result) => result.name.replace(/_000$/, "");
+const title = (result) => `#${result.number} ${nameOf(result)}`;
+// The model comes first: of a long text in a list the end is cut off, and volumes of one mask are told apart by it.
+const titleWithModel = (result) => (state.models.size > 1
+  ? `#${result.number} ${state.models.get(result.model).title} · ${nameOf(result)}` : title(result));
 
 function lists() {
   const model = state.model, results = [...state.results.values()], fits = (one) => sameGrid(one, state.mask);
@@ -399,7 +404,7 @@ function lists() {
   options($("mask"), [
     ["This session", [...state.masks.values()].map((mask) => [`mask:${mask.id}`, mask.name])],
     ["Without", model.mask === "optional" ? [["none", "No mask"]] : []],
-    ["Examples", model.examples.map((one, number) => [`example:${number}`, one.name]).filter(([, name]) => !used.has(name))],
+    ["Examples", state.examples.map((one, number) => [`example:${number}`, one.name]).filter(([, name]) => !used.has(name))],
   ], true);
   $("mask").value = state.mask ? `mask:${state.mask.id}` : "none";
   showConditions();
@@ -410,15 +415,15 @@ function lists() {
       ...images.map((image) => [`paint:${image.id}`, image.name]),
       ...results.filter(fits).map((result) => [`paint:${result.id}`, `over ${title(result)}`]),
     ] : []],
-    ["Compare", results.map((result) => [`result:${result.id}`, title(result)])],
+    ["Compare", results.map((result) => [`result:${result.id}`, titleWithModel(result)])],
   ], true);
   if (shown) $("left").value = shown;
   const before = shownId(right) ?? $("right").value;
-  options($("right"), results.length ? results.map((result) => [result.id, title(result)]) : [["", "No volume yet"]]);
+  options($("right"), results.length ? results.map((result) => [result.id, titleWithModel(result)]) : [["", "No volume yet"]]);
   if (state.results.has(before)) $("right").value = before;
   const bases = state.mask ? results.filter((result) => result.mask && fits(result)) : [], chosen = $("edit").value;
   options($("edit"), [["", "Everything"], ...bases.map((result) => [result.id, `Keep #${result.number} but for my changes`])]);
-  $("edit").value = bases.some((result) => result.id === chosen) ? chosen : "";
+  $("edit").value = model.edits && bases.some((result) => result.id === chosen) ? chosen : "";
   $("editing").hidden = !model.edits;
   $("strength-field").hidden = $("edit").value === "";
   $("save-mask").href = state.mask ? `/api/masks/${state.mask.id}/file` : "";
@@ -431,6 +436,7 @@ function lists() {
 function markCards() {
   document.querySelectorAll(".card").forEach((card) =>
     card.classList.toggle("shown", [shownId(left), shownId(right)].includes(card.dataset.id)));
+  for (const id of ["left", "right"]) $(id).title = $(id).selectedOptions[0]?.textContent ?? "";
   $("blink").disabled = !canBlink();
   $("difference").disabled = !canBlink() && right.shows !== "difference";
 }
@@ -441,14 +447,16 @@ function addCard(result) {
   card.dataset.id = result.id;
   const guidance = typeof result.guidance === "number" ? `guidance ${result.guidance}` : "";
   card.innerHTML = `<canvas width="76" height="76" tabindex="0" role="button"></canvas><div>
-    <b></b><small></small><small></small><div class="row"><button data-do="accept">Accept</button>
+    <b></b><small></small><small></small><small class="of"></small><div class="row"><button data-do="accept">Accept</button>
     <button data-do="again" title="Copy as Python, copy as command">Copy as</button><a class="button" title="Mask, volume and record">Zip</a></div></div>`;
   const [name, ...lines] = card.querySelectorAll("b, small");
   name.textContent = title(result);
   lines[0].textContent = `seed ${result.seed} · ${result.steps} steps`;
   const time = Object.assign(document.createElement("span"), { className: "time", textContent: `${result.seconds.toFixed(1)} s ` });
   lines[1].append(time, result.edited ? "edited" : guidance);
-  card.title = [title(result), ...result.warnings].join("\n");
+  lines[2].textContent = state.models.get(result.model).title;
+  lines[2].hidden = state.models.size === 1;
+  card.title = [title(result), result.model, ...result.warnings].join("\n");
   card.querySelector("a").href = `/api/results/${result.id}/download`;
   const show = doing(() => showRight(result.id));
   card.querySelector("canvas").onclick = show;
@@ -506,6 +514,12 @@ async function chooseMask(mask) {
   $("no-mask").hidden = mask !== null;
   if (mask) await showLeft("paint");
   else setTool(state.tool);
+}
+
+// Chooses the newest mask of the session, or an example, or an empty one.
+async function firstMask() {
+  const body = state.examples.length ? { example: 0 } : {};
+  await chooseMask([...state.masks.values()].at(-1) ?? (await askJson("POST", "/api/masks", body)).mask);
 }
 
 async function upload(files) {
@@ -583,7 +597,18 @@ function conditionFields() {
       { type: "number", min: 1, step: 1, value: side, title: ["to the right", "to the front", "upward"][axis], className: "side" })));
     add("voxels", field);
   }
+  for (const field of fields.querySelectorAll("[id]")) keepGiven(field, document.getElementById(field.id));
   $("condition-fields").replaceChildren(fields);
+}
+
+// Takes over what was given in the field of another model, where this one takes it.
+function keepGiven(field, before) {
+  if (before?.tagName !== field.tagName) return;
+  if (field.dataset.image && before.dataset.id) {
+    field.dataset.id = before.dataset.id;
+    field.textContent = before.textContent;
+  }
+  if (field.dataset.number || [...(field.options ?? [])].some((one) => one.value === before.value)) field.value = before.value;
 }
 
 // The number of voxels is asked for where no mask sets it.
@@ -611,7 +636,7 @@ function numberIn(field) {
 // ---- generation
 
 const generate = () => running(async () => {
-  const body = { ...conditions(), seed: numberIn($("seed")) ?? 0, steps: numberIn($("steps")), guidance: numberIn($("guidance")) };
+  const body = { model: state.model.name, ...conditions(), seed: numberIn($("seed")) ?? 0, steps: numberIn($("steps")), guidance: numberIn($("guidance")) };
   if (state.mask) {
     const { mask } = await askJson("POST", `/api/masks/${state.mask.id}/paint`, undo.now);
     if (mask.id !== state.mask.id) { // it was painted on, and is a new version
@@ -652,7 +677,8 @@ async function follow() {
     const job = state.job = await askJson("GET", `/api/jobs/${state.job.id}`);
     const seconds = `${((performance.now() - started) / 1000).toFixed(0)} s`;
     if (job.state === "queued") progress(0, job.position ? `${job.position} before this one in the queue` : "Starting …");
-    if (job.state === "running") {
+    if (job.state === "running" && job.loading) progress(0, `Loading the model ${job.loading} … · ${seconds}`);
+    else if (job.state === "running") {
       progress(job.steps ? job.step / job.steps : 0, job.step < job.steps || !job.steps ? `Step ${job.step} of ${job.steps || "…"} · ${seconds}` : `Decoding · ${seconds}`);
     }
     if (job.state === "canceled") { progress(0, "Canceled"); return; }
@@ -663,6 +689,7 @@ async function follow() {
       say(`${job.mask.name} is open.`);
       return;
     }
+    if (job.state === "done" && !job.result) { progress(1, "The model is loaded"); return; }
     if (job.state === "done") {
       progress(1, `Done in ${job.result.seconds.toFixed(1)} s`);
       state.results.set(job.result.id, job.result);
@@ -685,13 +712,74 @@ async function cancel() {
   if (state.job) await ask("DELETE", `/api/jobs/${state.job.id}`);
 }
 
+// ---- models
+
+// Everything on the page that depends on the chosen model.
+function useModel(model) {
+  const before = state.models.get(state.model?.name), entry = state.models.get(model.name);
+  if (before) before.fields = [$("steps").value, $("guidance").value];
+  state.model = entry.about = model;
+  $("model").textContent = model.name.replace(/\/$/, "").split("/").slice(-2).join("/");
+  $("model").title = $("models").title = model.description || model.name;
+  $("model-list").value = model.name;
+  [$("steps").value, $("guidance").value] = entry.fields ?? [model.steps, typeof model.guidance === "number" ? model.guidance : ""];
+  $("guidance").disabled = !model.guides;
+  $("masks").hidden = $("paint").hidden = model.mask === "none";
+  const unknown = model.partial ? [{ code: model.unknown, name: "unknown: the model chooses" }] : [];
+  $("labels").replaceChildren(...[...model.labels.slice(1), ...unknown].map(({ code, name }) => {
+    const button = document.createElement("button");
+    button.dataset.code = code;
+    button.setAttribute("role", "radio");
+    button.setAttribute("aria-checked", code === state.label);
+    button.title = code < 10 ? `${name} (${code})` : name;
+    button.innerHTML = `<i style="background:${colorOf(code)}"></i>`;
+    button.append(name);
+    button.onclick = () => setLabel(code);
+    return button;
+  }));
+  conditionFields();
+}
+
+// Changes to a model, which is loaded first if the page knows nothing of it yet.
+async function chooseModel(name) {
+  const entry = state.models.get(name), about = () => askJson("GET", `/api/model?name=${encodeURIComponent(name)}`);
+  const busy = $("generate").disabled;
+  $("model-list").value = name;
+  try {
+    entry.about ??= (await about()).pipeline;
+    if (!entry.about) {
+      if (busy) throw new Error("This model has to be loaded; wait for the volume, or cancel it first.");
+      await running(() => ({ model: name, load: true }));
+      entry.about = (await about()).pipeline;
+    }
+    if (!entry.about || $("model-list").value !== name) return; // it was canceled, or another was chosen meanwhile
+    useModel(entry.about);
+    if (state.label === entry.about.unknown && !entry.about.partial) setLabel(1);
+    if (entry.about.mask === "none" && state.mask) await chooseMask(null);
+    else if (entry.about.mask === "required" && !state.mask) await firstMask();
+    else lists();
+    entry.refused = false;
+    say(`${entry.title} generates the next volume.`);
+  } catch (error) {
+    entry.refused = !busy;
+    throw error;
+  } finally {
+    $("model-list").value = state.model.name;
+  }
+}
+
+function nextModel() {
+  const names = [...state.models.keys()].filter((name) => name === state.model.name || !state.models.get(name).refused);
+  if (names.length > 1) return chooseModel(names[(names.indexOf(state.model.name) + 1) % names.length]);
+}
+
 // ---- keys and buttons
 
 const KEYS = {
   p: () => setTool("pen"), f: () => setTool("fill"), e: () => setTool("erase"), v: () => setTool("move"),
   w: () => setTool("grow"), "[": () => larger(-1), "]": () => larger(1),
   i: () => fillBetween(), g: () => generate(), escape: () => cancel(), r: () => dice(), k: () => blink(), d: () => difference(),
-  m: () => toggleOverlay(), "?": () => $("keys").showModal(),
+  m: () => toggleOverlay(), n: () => nextModel(), "?": () => $("keys").showModal(),
 };
 
 function dice() {
@@ -730,12 +818,13 @@ function listen() {
     const [kind, id] = $("mask").value.split(":");
     if (kind === "mask") return chooseMask(state.masks.get(id));
     if (kind === "none") return chooseMask(null);
-    const example = state.model.examples[Number(id)];
+    const example = state.examples[Number(id)];
     for (const [name, value] of [...Object.entries(example.classes), ...Object.entries(example.numbers)]) {
       if ($(`condition-${name}`)) $(`condition-${name}`).value = value;
     }
     await chooseMask((await askJson("POST", "/api/masks", { example: Number(id) })).mask);
   });
+  $("model-list").onchange = doing(() => chooseModel($("model-list").value));
   $("edit").onchange = () => ($("strength-field").hidden = $("edit").value === "");
   $("left").onchange = doing(() => showLeft($("left").value));
   $("right").onchange = doing(() => showRight($("right").value));
@@ -790,27 +879,16 @@ async function begin() {
     await new Promise((resolve) => setTimeout(resolve, 300));
     first = await askJson("GET", "/api/state");
   }
-  const model = state.model = first.pipeline;
-  $("model").textContent = model.name.replace(/\/$/, "").split("/").slice(-2).join("/");
-  $("model").title = model.description || model.name;
-  $("steps").value = model.steps;
-  $("guidance").value = typeof model.guidance === "number" ? model.guidance : "";
-  $("guidance").disabled = !model.guides;
+  const model = first.pipeline, several = first.models.length > 1;
+  for (const { name, title } of first.models) state.models.set(name, { title, about: null, fields: null, refused: false });
+  state.examples = model.examples;
+  options($("model-list"), first.models.map(({ name, title }) => [name, title]));
+  $("models").hidden = !several;
+  $("model").hidden = several;
+  document.body.classList.toggle("several", several);
+  useModel(model);
   $("new-mask").hidden = !first.new_masks;
   $("seed").value = 0;
-  $("masks").hidden = $("paint").hidden = model.mask === "none";
-  const unknown = model.partial ? [{ code: model.unknown, name: "unknown: the model chooses" }] : [];
-  $("labels").replaceChildren(...[...model.labels.slice(1), ...unknown].map(({ code, name }) => {
-    const button = document.createElement("button");
-    button.dataset.code = code;
-    button.setAttribute("role", "radio");
-    button.title = code < 10 ? `${name} (${code})` : name;
-    button.innerHTML = `<i style="background:${colorOf(code)}"></i>`;
-    button.append(name);
-    button.onclick = () => setLabel(code);
-    return button;
-  }));
-  conditionFields();
   for (const kind of ["masks", "images", "results"]) for (const one of first[kind]) state[kind].set(one.id, one);
   await Promise.all([left.attach(), right.attach()]);
   for (const result of state.results.values()) addCard(result);
@@ -818,9 +896,7 @@ async function begin() {
   $("generate").disabled = false;
   say("Paint or open a mask, then generate.");
   if (model.mask !== "none") {
-    const last = [...state.masks.values()].at(-1);
-    const body = model.examples.length ? { example: 0 } : {};
-    await chooseMask(last ?? (await askJson("POST", "/api/masks", body)).mask);
+    await firstMask();
     setLabel(1);
     setTool("pen");
   } else {

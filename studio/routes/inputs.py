@@ -8,6 +8,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from volumes import read_volume
 
+from ..inputs import whole_shape
 from ..session import Session, mask_drawing
 from ..uploads import receive, receive_file, uploaded_volume
 from ..views import view_bytes
@@ -50,31 +51,34 @@ def received(studio: Studio, session: Session, upload: object) -> Path:
 async def add_mask(request: Request) -> Response:
     """Add a mask: one that was uploaded, an example, or an empty one of a shape or on the grid of an image or mask."""
     studio, session, body = studio_of(request), session_of(request), await json_of(request)
-    page, messages = studio.page, []
+    model, messages = studio.first, []
 
     def add() -> dict[str, object]:
         with noted(messages):
             if "upload" in body:
                 file = received(studio, session, body["upload"])
-                return session.add_mask(file, page.pipe, page.codes).to_json()
+                return session.add_mask(file, model).to_json()
             if "example" in body:
-                return session.example(page.example(body["example"]), page.pipe, page.codes).to_json()
+                return session.example(model.example(body["example"]), model).to_json()
             if "image" in body:
                 image = found(session.images, body["image"], "image")
-                return session.add_empty(image.grid, f"{image.name}_mask", page.codes).to_json()
+                return session.add_empty(image.grid, f"{image.name}_mask", model).to_json()
             if "mask" in body:
                 mask = found(session.masks, body["mask"], "mask")
-                return session.add_empty(mask.grid, mask.root, page.codes).to_json()
-            return session.add_empty(page.empty_grid(body.get("shape")), "painted", page.codes).to_json()
+                return session.add_empty(mask.grid, mask.root, model).to_json()
+            shape = body.get("shape")
+            return session.add_empty(
+                model.empty_grid(None if shape is None else whole_shape(shape)), "painted", model
+            ).to_json()
 
     return JSONResponse({"mask": await run_in_threadpool(add), "warnings": messages})
 
 
 async def get_drawing(request: Request) -> Response:
     """The bytes of a mask, to paint on."""
-    page = studio_of(request).page
+    model = studio_of(request).first
     mask = found(session_of(request).masks, request.path_params["mask"], "mask")
-    return Response(await run_in_threadpool(mask_drawing, mask, page.pipe, page.codes), media_type=BYTES)
+    return Response(await run_in_threadpool(mask_drawing, mask, model), media_type=BYTES)
 
 
 async def view_mask(request: Request) -> Response:
@@ -85,10 +89,10 @@ async def view_mask(request: Request) -> Response:
 
 async def paint_mask(request: Request) -> Response:
     """Keep a painted mask: the body is its drawing."""
-    page, session = studio_of(request).page, session_of(request)
+    model, session = studio_of(request).first, session_of(request)
     mask = found(session.masks, request.path_params["mask"], "mask")
     data = await receive(request.stream(), MOST_VOXELS)
-    painted = await run_in_threadpool(session.paint, mask.grid, mask.root, data, page.codes, mask, page.pipe)
+    painted = await run_in_threadpool(session.paint, mask.grid, mask.root, data, model, mask)
     return JSONResponse({"mask": painted.to_json()})
 
 
@@ -108,7 +112,7 @@ async def add_image(request: Request) -> Response:
     def add() -> dict[str, object]:
         with noted(messages):
             file = received(studio, session, body.get("upload"))
-            return session.add_image(file, studio.page.pipe).to_json()
+            return session.add_image(file, studio.first).to_json()
 
     return JSONResponse({"image": await run_in_threadpool(add), "warnings": messages})
 
@@ -116,5 +120,5 @@ async def add_image(request: Request) -> Response:
 async def view_image(request: Request) -> Response:
     """An image for the viewer."""
     image = found(session_of(request).images, request.path_params["image"], "image")
-    reading = studio_of(request).page.pipe.data.reading
+    reading = studio_of(request).first.data.reading
     return Response(await run_in_threadpool(lambda: view_bytes(read_volume(image.file, **reading))), media_type=BYTES)

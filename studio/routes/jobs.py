@@ -5,63 +5,87 @@ from collections.abc import Callable, Mapping
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from pipelines.base import VolumePipeline
+from pipelines.edit_pipeline import MedVolumeEditPipeline
 from pipelines.inputs.request import VolumeRequest
 from pipelines.sampling import SamplingConfig
 from volumes import read_volume
 
-from ..inputs import Change, Page, edit_of, number, request_of, sampling_of
+from ..inputs import Change, edit_of, left_to, number, request_of, sampling_of
+from ..models import StudioModel
 from ..session import Session, StudioMask, StudioResult, without_voxels
-from ..worker import DONE, Generated, Job, Worker, generate
+from ..worker import DONE, Generated, Job, generate
 from .shared import NotFound, Studio, found, json_of, session_of, studio_of
+
+Work = Callable[[VolumePipeline, Job], object]
 
 
 async def start_job(request: Request) -> Response:
-    """Queue a volume."""
+    """Queue a volume, a new mask, or nothing but the loading of a model."""
     studio, session, body = studio_of(request), session_of(request), await json_of(request)
-    page = studio.page
+    name = studio.named(body.get("model"))
     if body.get("new_mask"):
-        job = studio.worker.submit(
-            session.id, new_mask(studio, session, sampling_of(page, {"seed": body.get("seed", 0)})[1])
-        )
-        return JSONResponse(job_json(studio.worker, job), 202)
+        name, work = new_mask(studio, session, sampling_of({"seed": body.get("seed", 0)})[1])
+    elif body.get("load"):
+        work = loaded(studio, name)
+    else:
+        work = new_volume(studio, session, name, body)
+    return JSONResponse(job_json(studio, studio.worker.submit(session.id, name, work)), 202)
+
+
+def loaded(studio: Studio, name: str) -> Work:
+    """Return the work that does nothing once a model is loaded. Raises: ValueError, as `Studio.model`, now or then."""
+    studio.model(name)
+    return lambda pipe, job: studio.model(name)
+
+
+def new_volume(studio: Studio, session: Session, name: str, body: Mapping[str, object]) -> Work:
+    """Return the work that generates a volume.
+
+    Raises: ValueError for a request that means nothing, and for a model that is known not to fit to the first.
+    """
+    studio.model(name)
     mask = None if body.get("mask") is None else found(session.masks, body["mask"], "mask")
     given = body.get("images") or {}
     if not isinstance(given, dict):
         raise ValueError("images are an object of channel and image")
     images = {str(channel): found(session.images, key, "image").file for channel, key in given.items()}
-    wanted = request_of(page, body, mask, images)
-    sampling, seed = sampling_of(page, body)
+    wanted = request_of(studio.first, body, mask, images)
+    asked, seed = sampling_of(body)
     change = change_of(session, body)
     if change is not None and mask is None:
         raise ValueError("an edit needs a mask; choose one")
 
-    def work(_: object, job: Job) -> StudioResult:
-        folder, pipe, request = session.new_folder("results"), page.pipe, wanted
+    def work(pipe: VolumePipeline, job: Job) -> StudioResult:
+        model = studio.model(name)
+        assert model is not None  # it is loaded
+        sampling, request = left_to(model, asked), wanted
         if change is not None and mask is not None:
-            pipe, request = page.editor, edit_of(page, session, wanted, mask, change, sampling)
-        made = generate(pipe, request, sampling, seed, folder, job)
-        return keep_result(session, page, made, seed, None if mask is None else mask.id, job)
+            pipe = MedVolumeEditPipeline.from_pipe(pipe)
+            pipe.set_progress_bar_config(disable=True)
+            request = edit_of(model, session, wanted, mask, change, sampling)
+        made = generate(pipe, request, sampling, seed, session.new_folder("results"), job)
+        return keep_result(session, model, made, seed, None if mask is None else mask.id, job)
 
-    return JSONResponse(job_json(studio.worker, studio.worker.submit(session.id, work)), 202)
+    return work
 
 
-def new_mask(studio: Studio, session: Session, seed: int) -> Callable[[object, Job], StudioMask]:
-    """Return the work that generates a mask. Raises: ValueError without a pipeline of masks."""
-    load = studio.mask_pipe
-    if load is None:
+def new_mask(studio: Studio, session: Session, seed: int) -> tuple[str, Work]:
+    """Return the name of the pipeline of masks, and the work that generates one. Raises: ValueError without any."""
+    if studio.mask_pipeline is None:
         raise ValueError("this studio generates no masks; start it with --mask_pipeline")
 
-    def work(_: object, job: Job) -> StudioMask:
-        pipe, page = load(), studio.page
-        if pipe.data.image_labels != page.pipe.data.labels:
+    def work(pipe: VolumePipeline, job: Job) -> StudioMask:
+        first = studio.first
+        if pipe.data.image_labels != first.data.labels:
             raise ValueError(
-                f"--mask_pipeline generates {pipe.data.image_labels}, and the model knows {page.pipe.data.labels}"
+                f"--mask_pipeline generates {pipe.data.image_labels}, and the model knows {first.data.labels}"
             )
         made = generate(pipe, VolumeRequest(name="map"), SamplingConfig(), seed, session.new_folder("masks"), job)
         file = made.path.rename(made.path.with_name(f"map_seed{seed}.nii.gz"))
-        return session.add_mask(file, page.pipe, page.codes)
+        return session.add_mask(file, first)
 
-    return work
+    return studio.mask_pipeline, work
 
 
 def change_of(session: Session, body: Mapping[str, object]) -> Change | None:
@@ -79,13 +103,16 @@ def change_of(session: Session, body: Mapping[str, object]) -> Change | None:
     return Change(result, None if strength is None else number(strength, "strength"))
 
 
-def keep_result(session: Session, page: Page, made: Generated, seed: int, mask: str | None, job: Job) -> StudioResult:
+def keep_result(
+    session: Session, model: StudioModel, made: Generated, seed: int, mask: str | None, job: Job
+) -> StudioResult:
     """Add a generated volume to its session."""
     with session.lock:
         number = max((result.number for result in session.results.values()), default=0) + 1
         result = StudioResult(
             id=session.next_id(),
             number=number,
+            model=model.name,
             path=made.path,
             grid=without_voxels(read_volume(made.files[0])),
             request=made.request,
@@ -94,19 +121,20 @@ def keep_result(session: Session, page: Page, made: Generated, seed: int, mask: 
             mask=mask,
             seconds=made.seconds,
             warnings=[session.shown(text) for text in job.warnings],
-            maps=page.map_codes is not None,
+            maps=model.map_codes is not None,
         )
         session.results[result.id] = result
     return result
 
 
-def job_json(worker: Worker, job: Job) -> dict[str, object]:
+def job_json(studio: Studio, job: Job) -> dict[str, object]:
     """Return a job for the page."""
     result = job.result.to_json() if job.state == DONE and isinstance(job.result, StudioResult) else None
     return {
         "id": job.id,
         "state": job.state,
-        "position": worker.position(job),
+        "position": studio.worker.position(job),
+        "loading": studio.titles[job.model] if job.loading else None,
         "step": job.step,
         "steps": job.steps,
         "message": job.message,
@@ -126,12 +154,12 @@ def job_of(request: Request) -> Job:
 async def get_job(request: Request) -> Response:
     """How far a volume is."""
     job, session = job_of(request), session_of(request)
-    shown = job_json(studio_of(request).worker, job)
+    shown = job_json(studio_of(request), job)
     return JSONResponse(shown | {"message": session.shown(job.message)})
 
 
 async def cancel_job(request: Request) -> Response:
     """Cancel a volume."""
-    worker, job = studio_of(request).worker, job_of(request)
-    worker.cancel(job)
-    return JSONResponse(job_json(worker, job))
+    studio, job = studio_of(request), job_of(request)
+    studio.worker.cancel(job)
+    return JSONResponse(job_json(studio, job))

@@ -34,7 +34,7 @@ async def view_result(request: Request) -> Response:
 
 async def result_drawing(request: Request) -> Response:
     """A generated label map as a drawing."""
-    result, codes = result_of(request), studio_of(request).page.map_codes
+    result, codes = result_of(request), studio_of(request).first.map_codes
     if codes is None:
         raise NotFound("this model generates no label maps")
     values = await run_in_threadpool(lambda: read_volume(result.files[0], exact=True).array[0])
@@ -50,12 +50,12 @@ async def accept_result(request: Request) -> Response:
 
 async def again(request: Request) -> Response:
     """How a volume is made again."""
-    result, pipeline = result_of(request), studio_of(request).pipeline
+    result = result_of(request)
     stem = result.to_json()["name"]
     return JSONResponse(
         {
-            "python": as_python(pipeline, result.request, result.record, str(stem)),
-            "command": as_command(pipeline, result.request, result.record, result.seed),
+            "python": as_python(result.model, result.request, result.record, str(stem)),
+            "command": as_command(result.model, result.request, result.record, result.seed),
             "table": table_of(result.request),
         }
     )
@@ -63,26 +63,26 @@ async def again(request: Request) -> Response:
 
 async def download_result(request: Request) -> Response:
     """A pair of mask and volume, with its record."""
-    result, pipeline, session = result_of(request), studio_of(request).pipeline, session_of(request)
+    result, session = result_of(request), session_of(request)
     archive = session.new_folder("downloads") / f"{result.to_json()['name']}_seed{result.seed}.zip"
-    await run_in_threadpool(write_pairs, [result], pipeline, archive)
+    await run_in_threadpool(write_pairs, [result], archive)
     return sent_once(archive)
 
 
 async def download_collection(request: Request) -> Response:
     """The collection as a zip."""
-    session, pipeline = session_of(request), studio_of(request).pipeline
+    session = session_of(request)
     archive = session.new_folder("downloads") / "collection.zip"
-    await run_in_threadpool(write_pairs, accepted(session.results.values()), pipeline, archive)
+    await run_in_threadpool(write_pairs, accepted(session.results.values()), archive)
     return sent_once(archive)
 
 
 async def download_nnunet(request: Request) -> Response:
     """The collection as a data set for nnU-Net."""
-    session, page = session_of(request), studio_of(request).page
+    session, model = session_of(request), studio_of(request).first
     work = session.new_folder("downloads")
     archive = work / f"{DATASET}.zip"
-    await run_in_threadpool(write_nnunet, accepted(session.results.values()), page.pipe.data, work, archive)
+    await run_in_threadpool(write_nnunet, accepted(session.results.values()), model.data, work, archive)
     return sent_once(archive)
 
 

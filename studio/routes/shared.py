@@ -1,16 +1,14 @@
-"""What the routes of the studio share: its model and sessions, and what a request names."""
+"""What the routes of the studio share: its models and sessions, and what a request names."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
 from starlette.requests import Request
 
-from pipelines.base import VolumePipeline
-
-from ..inputs import Page
+from ..models import StudioModel, check_together, short_names
 from ..session import Session, Sessions
 from ..uploads import receive
 from ..worker import Worker
@@ -33,14 +31,15 @@ class Studio:
     """What the routes share.
 
     Attributes:
-        pipeline: for "copy as command", which runs in any folder: a whole path, or a repository.
+        pipelines: names of the models: whole paths, or repositories, so that "copy as command" runs in any folder. The
+            first is loaded at the start, and sessions rest on it.
         niivue: the viewer's module, see `niivue_module`.
         cookie: name of the cookie of a session.
         most: bytes of uploads in one session.
-        mask_pipe: returns the pipeline of masks to start from, and loads it when it is first called.
+        mask_pipeline: name of the pipeline of masks to start from.
     """
 
-    pipeline: str
+    pipelines: Sequence[str]
     worker: Worker
     sessions: Sessions
     token: str
@@ -48,14 +47,37 @@ class Studio:
     host: str = "127.0.0.1"
     cookie: str = "medvolume_studio"
     most: int = 1 << 30
-    mask_pipe: Callable[[], VolumePipeline] | None = None
+    mask_pipeline: str | None = None
+
+    @property
+    def first(self) -> StudioModel:
+        """The model that masks and views of sessions rest on. Raises: NotLoaded before it is loaded."""
+        if self.pipelines[0] not in self.worker.models:
+            raise NotLoaded("the model is loading; try again in a moment")
+        return self.worker.models[self.pipelines[0]]
 
     @cached_property
-    def page(self) -> Page:
-        """What the page shows of the model. Raises: NotLoaded before it is loaded."""
-        if self.worker.pipe is None:
-            raise NotLoaded("the model is loading; try again in a moment")
-        return Page(self.pipeline, self.worker.pipe)
+    def titles(self) -> Mapping[str, str]:
+        """A short name of each model."""
+        return short_names([*self.pipelines, *([] if self.mask_pipeline is None else [self.mask_pipeline])])
+
+    def named(self, name: object) -> str:
+        """Return the name of a model, that of the first for None. Raises: NotFound for one that is not served."""
+        if name is None:
+            return self.pipelines[0]
+        if not isinstance(name, str) or name not in self.pipelines:
+            raise NotFound(f"this studio has no model {str(name)[:200]}; reload the page")
+        return name
+
+    def model(self, name: str) -> StudioModel | None:
+        """Return what is known of a model; None before it was loaded.
+
+        Raises: ValueError for one that does not fit to the first.
+        """
+        model = self.worker.models.get(name)
+        if model is not None:
+            check_together(self.first, model)
+        return model
 
     def end(self, session: Session) -> None:
         """End a session, its work and its files."""

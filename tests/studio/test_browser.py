@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import nibabel as nib
@@ -39,16 +40,25 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(pipeline, tmp_path_factory):
-    """A studio behind a real server; each page has a session of its own."""
-    studio = RunningStudio(pipeline, tmp_path_factory.mktemp("studio") / "sessions", niivue_module())
+    """The address of a studio of one model; each page has a session of its own."""
+    with served([pipeline], tmp_path_factory.mktemp("studio")) as address:
+        yield address
+
+
+@contextmanager
+def served(pipelines, folder):
+    """Run a studio behind a real server, and yield its address."""
+    studio = RunningStudio(pipelines, folder / "sessions", niivue_module())
     server = uvicorn.Server(uvicorn.Config(studio.app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/?token={TOKEN}"
-    server.should_exit = True
-    thread.join()
-    studio.worker.close()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/?token={TOKEN}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        studio.worker.close()
     assert studio.failures == []
 
 
@@ -63,7 +73,14 @@ def browser():
 
 @pytest.fixture
 def page(address, browser):
-    """The page, once it is ready. The test fails for errors of its scripts, and for requests to anywhere else."""
+    """The page, once it is ready."""
+    with opened_page(address, browser) as page:
+        yield page
+
+
+@contextmanager
+def opened_page(address, browser):
+    """Open the page, and yield it when it is ready. Its scripts may have no errors, and ask for nothing elsewhere."""
     context = browser.new_context(viewport=SMALL)
     page = context.new_page()
     page.set_default_timeout(PATIENCE * 1000)
@@ -167,6 +184,7 @@ def test_paint_generate_compare_and_download(page, pipeline, tmp_path):
     opened(page, "#open-mask", tmp_path / "case.nii.gz", loaded)
     page.set_viewport_size({"width": 1280, "height": 720})
     before = boxes(page)
+    assert page.locator("#model").is_visible() and not page.locator("#models").is_visible()  # there is one
 
     page.keyboard.press("2")
     start, end = (0.2, 0.3), (0.4, 0.3)  # of the tile's width and height: in the patient's right half, in front
@@ -386,6 +404,64 @@ def test_views_are_clicked_while_one_loads(page):
     page.mouse.click(canvas["x"] + canvas["width"] * 0.35, canvas["y"] + canvas["height"] * 0.35)
     places = page.evaluate("[studio.left, studio.right].map((pane) => [...pane.nv.scene.crosshairPos])")
     assert np.allclose(*places, atol=1e-5) and not np.allclose(places[0], alone)
+
+
+def test_a_stroke_that_is_painted_late_is_a_step_of_undo(page):
+    """NiiVue may paint after the end of the stroke was noticed. What comes next is another step."""
+    before = drawn(page, (8, 10, 12))
+    page.evaluate(  # the page looks first 60 ms after the stroke
+        "() => { const canvas = document.getElementById('left-canvas');"
+        " canvas.dispatchEvent(new PointerEvent('pointerup', { bubbles: true }));"
+        " const late = () => { window.steps = studio.undo.past.length; studio.left.nv.drawBitmap.fill(1, 0, 8); };"
+        " setTimeout(late, 150); }"
+    )
+    until(lambda: page.evaluate("studio.undo.past.length") == 1)
+    assert page.evaluate("window.steps") == 0
+    first = drawn(page, before.shape)
+    assert (first != before).any()
+
+    page.evaluate("studio.left.nv.drawBitmap.fill(2, 8, 16)")
+    page.locator("#left-canvas").dispatch_event("pointerup")
+    until(lambda: page.evaluate("studio.undo.past.length") == 2)
+    for expected in (first, before):
+        page.keyboard.press("Control+z")
+        assert np.array_equal(drawn(page, before.shape), expected)
+
+
+def test_another_model_is_chosen(browser, tmp_path):
+    """Two models generate from one mask; the page does not move, and a model that does not fit is refused."""
+    folders = [save_tiny_pipeline(tmp_path / "teacher"), save_tiny_pipeline(tmp_path / "student", steps=2, seed=1)]
+    folders.append(save_tiny_pipeline(tmp_path / "other", channels=["CT"]))
+    with served(folders, tmp_path) as address, opened_page(address, browser) as page:
+        before = boxes(page)
+        chosen = page.locator("#model-list")
+        assert chosen.locator("option").all_inner_texts() == ["teacher", "student", "other"]
+        assert not page.locator("#model").is_visible()
+        page.locator("#steps").fill("4")
+        page.locator("#left-canvas").focus()
+        generated(page, 1)
+
+        page.keyboard.press("n")
+        until(lambda: page.evaluate("studio.state.model.name") == str(folders[1]))
+        assert (chosen.input_value(), page.locator("#steps").input_value()) == (str(folders[1]), "2")
+        generated(page, 2)
+        results = page.evaluate(
+            "[...studio.state.results.values()].map(({ model, steps, mask }) => [model, steps, mask])"
+        )
+        assert [result[:2] for result in results] == [[str(folders[0]), 4], [str(folders[1]), 2]]
+        assert results[0][2] == results[1][2]
+        assert page.locator(".card .of").all_inner_texts() == ["student", "teacher"]
+        assert page.locator("#right option").all_inner_texts() == ["#1 teacher · first", "#2 student · first"]
+
+        chosen.select_option("other")
+        said = "document.querySelector('#message.bad')?.textContent ?? ''"
+        until(lambda: "channels (CT; there MR); start a second studio" in page.evaluate(said))
+        assert (chosen.input_value(), page.evaluate("studio.state.model.name")) == (str(folders[1]),) * 2
+        page.locator("#left-canvas").focus()
+        page.keyboard.press("n")  # past the one that was refused
+        until(lambda: page.evaluate("studio.state.model.name") == str(folders[0]))
+        assert page.locator("#steps").input_value() == "4"  # as it was left
+        assert boxes(page) == before
 
 
 def drop(page, file):

@@ -6,7 +6,6 @@ import itertools
 import json
 import shlex
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -15,7 +14,18 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from studios import PATIENCE, TOKEN, RunningStudio, loaded, save_tiny_pipeline
+from studios import (
+    PATIENCE,
+    TOKEN,
+    RunningStudio,
+    finished,
+    generated,
+    loaded,
+    mask_of,
+    save_tiny_pipeline,
+    unpacked,
+    upload,
+)
 from tiny import labels_of, mask_image, tiny_pipeline
 
 import edit as edit_command
@@ -27,7 +37,6 @@ from volumes import Volume, write_dicom
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra studio")
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {0: 0, 2: 1, 5: 2}  # of the tiny pipeline's labels
-STUB = "export const Niivue = 0;\n"  # for the viewer, which these tests do not need
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +44,9 @@ def pipeline(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
 
 
-class Studios(RunningStudio):
-    """A studio, and browsers that have its token."""
-
-    def __init__(self, pipeline, folder, **settings):
-        super().__init__(pipeline, folder, STUB, **settings)
-
-    def browser(self):
-        client = testclient.TestClient(self.app, base_url="http://127.0.0.1:7860")
-        assert client.get(f"/?token={TOKEN}").status_code == 200
-        return client
-
-
 @pytest.fixture
 def studio(pipeline, tmp_path):
-    studio = Studios(pipeline, tmp_path / "sessions")
+    studio = RunningStudio([pipeline], tmp_path / "sessions")
     yield studio
     studio.worker.close()
     assert studio.failures == []
@@ -58,47 +55,6 @@ def studio(pipeline, tmp_path):
 @pytest.fixture
 def browser(studio):
     return studio.browser()
-
-
-def upload(client, **files):
-    """Upload files, {name with _ for the dot before the suffix: bytes}, as one volume."""
-    number = client.post("/api/uploads").json()["upload"]
-    for name, data in files.items():
-        answer = client.put(f"/api/uploads/{number}", params={"name": name}, content=data)
-        assert answer.status_code == 200, answer.text
-    return number
-
-
-def mask_of(client, image, name="case.nii.gz"):
-    answer = client.post("/api/masks", json={"upload": upload(client, **{name: gzip.compress(image.to_bytes())})})
-    assert answer.status_code == 200, answer.text
-    return answer.json()["mask"]
-
-
-def finished(client, job):
-    """Wait for a job to be over; return it."""
-    end = time.monotonic() + PATIENCE
-    while job["state"] in ("queued", "running"):
-        assert time.monotonic() < end, job
-        time.sleep(0.05)
-        job = client.get(f"/api/jobs/{job['id']}").json()
-    return job
-
-
-def generated(client, **body):
-    job = client.post("/api/jobs", json=body)
-    assert job.status_code == 202, job.text
-    job = finished(client, job.json())
-    assert job["state"] == "done", job
-    return job["result"]
-
-
-def unpacked(client, path, folder):
-    answer = client.get(path)
-    assert answer.status_code == 200, answer.text
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as packed:
-        packed.extractall(folder)
-    return folder
 
 
 # Who may use it
@@ -193,6 +149,14 @@ def test_an_unchanged_mask_stays_the_users_file(browser):
     assert browser.post(f"/api/masks/{mask['id']}/paint", content=drawing).json()["mask"]["id"] == mask["id"]
 
 
+def test_an_example_is_not_renamed(browser, pipeline):
+    """A file of the user has its name: examples lie in the pipeline's folder, which is not the session's to change."""
+    mask_of(browser, mask_image((6, 5, 4)), "First.nii.gz")
+    answer = browser.post("/api/masks", json={"example": 0})
+    assert answer.status_code == 400 and "the session has a mask of this name" in answer.json()["error"]
+    assert [path.name for path in (pipeline / "masks").iterdir()] == ["first.nii.gz"]
+
+
 def test_outside_the_field_of_view_stays_outside(browser):
     labels = labels_of((6, 5, 4))
     labels[0] = -1
@@ -258,7 +222,7 @@ def test_names_that_are_none_are_refused(browser, studio, name):
 
 
 def test_uploads_are_limited(pipeline, tmp_path):
-    studio = Studios(pipeline, tmp_path / "sessions", most=1000)
+    studio = RunningStudio([pipeline], tmp_path / "sessions", most=1000)
     client = studio.browser()
     number = client.post("/api/uploads").json()["upload"]
     assert client.put(f"/api/uploads/{number}", params={"name": "a.nii"}, content=bytes(600)).status_code == 200
@@ -345,11 +309,11 @@ def test_two_sessions_know_nothing_of_each_other(studio):
     assert other.get("/api/state").status_code == 200
 
 
-def test_requests_queue_and_can_be_canceled(studio, monkeypatch):
+def test_requests_queue_and_can_be_canceled(studio, pipeline, monkeypatch):
     client = studio.browser()
     mask = mask_of(client, mask_image((8, 8, 8)))
     at_step, go_on = threading.Event(), threading.Event()
-    pipe = studio.worker.pipe
+    pipe = loaded(str(pipeline))
     original = pipe.unet.forward
 
     def slow(*args, **options):
@@ -372,11 +336,11 @@ def test_requests_queue_and_can_be_canceled(studio, monkeypatch):
     assert [result["seed"] for result in client.get("/api/state").json()["results"]] == [2]
 
 
-def test_a_session_cannot_fill_the_queue(studio, monkeypatch):
+def test_a_session_cannot_fill_the_queue(studio, pipeline):
     client = studio.browser()
     mask = mask_of(client, mask_image((6, 5, 4)))
     go_on = threading.Event()
-    studio.worker.submit("somebody else", lambda *_: go_on.wait(PATIENCE))
+    studio.worker.submit("somebody else", str(pipeline), lambda *_: go_on.wait(PATIENCE))
     answers = [client.post("/api/jobs", json={"mask": mask["id"]}) for _ in range(9)]
     assert [answer.status_code for answer in answers] == [202] * 8 + [400]
     for answer in answers[:-1]:
@@ -487,7 +451,7 @@ def test_classes_and_numbers_make_the_same_volume_again(tmp_path, monkeypatch):
     folder = tmp_path / "conditioned"
     stats = {"mean": 50.0, "std": 10.0, "low": 20.0, "high": 80.0}
     conditioned(folder, stats)
-    studio = Studios(folder, tmp_path / "sessions")
+    studio = RunningStudio([folder], tmp_path / "sessions")
     client = studio.browser()
     shown = client.get("/api/state").json()["pipeline"]
     assert (shown["classes"], shown["mask"]) == ({"sex": ["F", "M"]}, "required")
@@ -518,7 +482,7 @@ def conditioned(folder, stats):
 
 def test_label_maps_are_generated_and_shown(tmp_path, monkeypatch):
     """The model of masks in weights/: broken maps are generated again from the next seed, as by the command."""
-    studio = Studios(ROOT / "weights/hippocampus-masks", tmp_path / "sessions")
+    studio = RunningStudio([ROOT / "weights/hippocampus-masks"], tmp_path / "sessions")
     client = studio.browser()
     shown = client.get("/api/state").json()["pipeline"]
     assert (shown["mask"], shown["maps"], [label["value"] for label in shown["labels"]]) == ("none", True, [0, 1, 2])
@@ -538,7 +502,7 @@ def test_label_maps_are_generated_and_shown(tmp_path, monkeypatch):
 
 def test_a_mask_is_generated_to_start_from(tmp_path):
     masks, volumes = ROOT / "weights/hippocampus-masks", ROOT / "weights/hippocampus"
-    studio = Studios(volumes, tmp_path / "sessions", mask_pipe=lambda: loaded(masks))
+    studio = RunningStudio([volumes], tmp_path / "sessions", mask_pipeline=str(masks))
     client = studio.browser()
     assert client.get("/api/state").json()["new_masks"]
     job = finished(client, client.post("/api/jobs", json={"new_mask": True, "seed": 2}).json())

@@ -1,5 +1,6 @@
 """The studio's command: where it listens, what it prints, and how it ends."""
 
+import json
 import os
 import re
 import signal
@@ -45,23 +46,28 @@ def test_it_serves_until_it_is_interrupted(tmp_path, printed, monkeypatch):
             opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
             seen.append(opener.open(found[0], timeout=60).read().decode())
             seen.append([path.name for path in tmp_path.glob("medvolume-studio-*/*")])
+            state = {}
+            while not state.get("ready"):
+                state = json.load(opener.open(found[0].split("?")[0] + "api/state", timeout=60))
+            seen.append(state["models"])
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
     visitor = threading.Thread(target=visit)
     visitor.start()
     with pytest.raises(KeyboardInterrupt):
-        serve(ServerSettings(str(folder), port=0))
+        serve(ServerSettings([str(folder), f"{folder}/"], port=0))
     visitor.join()
     signal.signal(signal.SIGINT, before)
     assert "<title>medvolume studio</title>" in seen[0] and len(seen[1]) == 1
+    assert seen[2] == [{"name": str(folder), "title": "tiny"}]  # one model, by two spellings
     assert list(tmp_path.glob("medvolume-studio-*")) == []
     assert not any("Caution" in line for line in printed)
 
 
 def test_a_pipeline_that_cannot_be_loaded_ends_it(tmp_path, printed):
     with pytest.raises(CannotContinue, match="nowhere"):
-        serve(ServerSettings(str(tmp_path / "nowhere"), host="0.0.0.0", port=0))
+        serve(ServerSettings([str(tmp_path / "nowhere")], host="0.0.0.0", port=0))
     [caution] = [line for line in printed if "Caution" in line]
     assert "other machines reach the studio" in caution and "ssh -L" in caution
 
@@ -88,7 +94,7 @@ def test_a_model_that_fails_before_the_server_exists_ends_it(tmp_path, printed, 
 
     def run():
         with pytest.raises(CannotContinue, match="nowhere"):
-            serve(ServerSettings(str(tmp_path / "nowhere"), port=0))
+            serve(ServerSettings([str(tmp_path / "nowhere")], port=0))
         ended.append(True)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -101,7 +107,7 @@ def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}: cannot listen there .*give another --port"):
-            listening(ServerSettings("p", port=port))
+            listening(ServerSettings(["p"], port=port))
 
 
 def test_the_address_is_for_a_browser_on_this_machine():
@@ -125,4 +131,5 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_the_defaults_of_the_command_are_those_of_the_settings():
     options = vars(parse(["--pipeline", "p"]))
-    assert options == vars(ServerSettings("p"))
+    assert options == vars(ServerSettings(["p"]))
+    assert parse(["--pipeline", "p", "q", "--port", "0"]).pipeline == ["p", "q"]
