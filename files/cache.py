@@ -50,9 +50,8 @@ PINNED = ".in-use"  # suffix of the file beside a folder of links that its jobs 
 
 def cache_root() -> Path:
     """Return the folder of the cache."""
-    named = os.environ.get("MEDVOLUME_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "medvolume")
-    named = os.path.expanduser(named)
-    return _resolved(named if os.path.isabs(named) else os.path.abspath(named))
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "medvolume")
+    return _resolved(os.path.abspath(os.path.expanduser(os.environ.get("MEDVOLUME_CACHE") or usual)))
 
 
 @cache
