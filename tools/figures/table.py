@@ -292,8 +292,7 @@ FIGURES = (
         "adrenal-shapes",
         "conditions",
         GLANDS,
-        f"python evaluate.py conditions {SHAPES} --column diagnosis "
-        "--synthetic {work}/glands",
+        f"python evaluate.py conditions {SHAPES} --column diagnosis --synthetic {{work}}/glands",
         needs=("{data}/adrenal_shapes",),
     ),
     evaluated(
