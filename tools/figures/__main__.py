@@ -3,7 +3,7 @@
     python -m tools.figures --list                                  # each report: of which commit, date and machine
     python -m tools.figures --stale                                 # measure what is absent or behind (make figures)
     python -m tools.figures --only docs/prepared.json docs/cohort.json --data ../shared/data
-    python -m tools.figures                                         # rewrite the pages alone
+    python -m tools.figures                                         # rewrite all pages, and measure nothing
 
 Reports are measured one after the other, in --output/COMMIT, and are put in their places at the end: until then the
 tree stays as it was committed, and so each report names this commit. What ended is not measured again at this commit,
@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.stale:
         figures = [figure for figure in FIGURES if not figure.fixed and state(figure) != CURRENT]
     failures = measure_all(figures, options.data, options.output) if figures else {}
-    failures |= write_pages()
+    failures |= write_pages({figure.report for figure in figures} or set(known))
     if failures:
         raise ValueError("\n".join([f"{len(failures)} failed:", *(f"{name}: {why}" for name, why in failures.items())]))
 
@@ -185,10 +185,14 @@ def run(line: str, threads: int = 1) -> None:
         raise ValueError(f"`{line}` ended with status {done.returncode}")
 
 
-def write_pages() -> dict[str, str]:
-    """Rewrite the pages whose reports are there. Returns {command: what failed}."""
+def write_pages(reports: set[str]) -> dict[str, str]:
+    """Rewrite the pages of some reports, and the page of goals, where all that they need is there.
+
+    Returns: {command: what failed}.
+    """
     failures = {}
-    ready = [page for page in PAGES if page.command and all((ROOT / name).is_file() for name in page.reports)]
+    pages = [page for page in PAGES if page.command and (not page.reports or reports & set(page.reports))]
+    ready = [page for page in pages if all((ROOT / name).is_file() for name in page.reports)]
     for command in dict.fromkeys(page.command for page in ready):
         try:
             run(command)
