@@ -564,6 +564,7 @@ Its `--list` says of which commit each report is, and how far the code has moved
 Numbers in brackets are those of the project's issues.
 "Short" is a figure that misses its target, "open" a goal without a report in the repository.
 A goal that a test holds needs no report.
+A distance is above its floor if it exceeds that of real training volumes beyond the 95 % interval.
 The tests run in CI, but for those that are marked slow.
 
 """
@@ -600,7 +601,7 @@ def row(goal: Goal) -> tuple[str, str, str, str, str]:
         return goal.asked, target, "not in a report", by, f"open: {goal.why}"
     value = goal.measure(*map(read_object, paths))
     met = value >= bound if goal.most is None else value <= bound
-    named = ", ".join(f"{figure.report.replace('/results', '')}" for figure in figures)
+    named = ", ".join(figure.report for figure in figures)
     return goal.asked, target, goal.form.format(value), f"{by} ({named})", "met" if met else f"short: {goal.why}"
 
 
