@@ -597,7 +597,7 @@ def row(goal: Goal) -> tuple[str, str, str, str, str]:
     figures = [figure_of(name) for name in goal.reports]
     paths = [ROOT / figure.report for figure in figures]
     by = ", ".join(dict.fromkeys(f"`{program(figure)}`" for figure in figures))
-    if goal.measure is None or not all(path.is_file() for path in paths):
+    if goal.measure is None or bound is None or not all(path.is_file() for path in paths):
         return goal.asked, target, "not in a report", by, f"open: {goal.why}"
     value = goal.measure(*map(read_object, paths))
     met = value >= bound if goal.most is None else value <= bound

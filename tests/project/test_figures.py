@@ -33,7 +33,7 @@ def test_a_report_names_commit_machine_and_date(report):
     assert found
     for one in found:
         assert len(str(one["commit"]).rstrip("+")) == 12 and str(one["date"])[:2] == "20"
-        assert {"processor", "cores"} <= one["machine"].keys()
+        assert isinstance(one["machine"], dict) and {"processor", "cores"} <= one["machine"].keys()
 
 
 def test_what_the_table_names_is_there():

@@ -345,7 +345,7 @@ PAGES = (
     ),
     between(
         "tools.samplers_page",
-        *results(TEACHER, "samplers_validation"),
+        results(TEACHER, "samplers_validation")[0],
         "docs/quality_and_speed.md",
         f"--student {results(STUDENT, 'samplers_validation')[0]}",
     ),
