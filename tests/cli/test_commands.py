@@ -78,6 +78,7 @@ MODULES += [
         "mutants",
         "pictures",
         "quickstart",
+        "robust_page",
         "samplers_page",
         "scale_page",
         "settings_page",

@@ -4,6 +4,7 @@ Others are held beside what writes them: test_pages, test_scale_page, test_clust
 test_small_lesions, test_learning_per_step, test_studio_times.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.distillation import page as distillation
 from benchmarks.speed import headline
 from benchmarks.speed.report import markdown, read_bench
 from files.documents import read_object
-from tools import evidence, goals_page
+from tools import evidence, goals_page, robust_page
 from tools.markdown import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,34 @@ def test_slabs_of_group_norm_are_written_from_their_report():
     expected = f"\n{group_norm_page.page_text(docs('group_norm_streaming'))}" if there else "\n"
     text = between(DOCS / "large_volumes.md", group_norm_page.BEGIN, group_norm_page.END)
     assert text == expected, "run python -m benchmarks.group_norm_page"
+
+
+def test_kills_and_damaged_files_are_written_from_their_reports(tmp_path, monkeypatch):
+    """The pages of the repository, and pages of small reports."""
+    said = "run python -m tools.robust_page"
+    for path, text in robust_page.pages().items():
+        assert between(path, robust_page.BEGIN, robust_page.END) == f"\n\n{text}\n", said
+    for name in ("many_machines", "security"):
+        text = (DOCS / f"{name}.md").read_text()
+        assert text.count(robust_page.BEGIN) == text.count(robust_page.END) == 1
+        (tmp_path / f"{name}.md").write_text(text)
+    where = {"command": "it", "date": "2026-01-02T03", "commit": "abc", "machine": {"processor": "p", "cores": 2}}
+    job = {"kills": 3, "corrupt_files": ["a"], "lost_or_different": ["b", "c"], "damaged_entries": ["d"]}
+    counts = {"counts": {"read": 1, "refused": 1999}, "peak_bytes": 2_000_000_000}
+    fuzzed = {
+        "targets": {"x": counts, "y": {"counts": {}, "peak_bytes": 1}},
+        "cases": 2000,
+        "findings": [1],
+        "seconds": 9,
+    }
+    (tmp_path / "survival.json").write_text(json.dumps({"jobs": {"train_vae": job}, **where}))
+    (tmp_path / "fuzz.json").write_text(json.dumps({**fuzzed, **where}))
+    monkeypatch.setattr(robust_page, "DOCS", tmp_path)
+    robust_page.main([])
+    kills, files = ((tmp_path / f"{name}.md").read_text() for name in ("many_machines", "security"))
+    assert "| `train_vae` | 3 | 1 | 2 |\n\n1 entries of caches" in kills and "two damaged latents" not in kills
+    assert "2,000 cases, 1 findings; 1,999 refused, 1 read; at most 2.00 GB" in files and "--seed 6" not in files
+    assert "`it`, 2 cores of an p, commit abc, 2026-01-02" in kills and "`it`, 2 cores" in files
 
 
 def share(report: Any) -> str:

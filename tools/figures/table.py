@@ -376,7 +376,7 @@ PAGES = (
     Page("docs/conditions/numbers.md", docs("conditions/numbers")),
     Page("docs/conditions/images.md", docs("conditions/images")),
     Page("README.md", docs("conditions/demo")),  # the picture
-    Page("docs/many_machines.md", docs("survival")),
-    Page("docs/security.md", docs("fuzz")),
+    Page("docs/many_machines.md", docs("survival"), "python -m tools.robust_page"),
+    Page("docs/security.md", docs("fuzz"), "python -m tools.robust_page"),
     Page("docs/goals.md", (), "python -m tools.goals_page"),
 )
