@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-slow test-lowest fuzz mutants lint format bench survive clean
+.PHONY: help demo docs figures test test-slow test-lowest fuzz mutants lint format bench survive clean
 
 help:
 	@echo "make demo         sample from the shipped weights into out/demo/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow    run the tests that take minutes: every recipe, trained and sampled at a small size"
 	@echo "make test-lowest  run a quick part of the tests with the lowest versions that pyproject.toml allows"
 	@echo "make docs         write the documentation site into out/site/"
+	@echo "make figures      measure again what the code has changed, and rewrite the pages with figures (days)"
 	@echo "make lint         run ruff and pyright, as CI does"
 	@echo "make format       apply ruff's fixes"
 	@echo "make fuzz         read 10,000 damaged files; each must be read correctly or refused by name"
@@ -34,6 +35,11 @@ demo: $(VENV)/installed
 docs: $(VENV)/installed-dev
 	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 	@echo "the site: out/site/index.html; $(PY) -m mkdocs serve shows it with search"
+
+# Resumes at the same commit. DATA is the folder of the data sets.
+DATA ?= data
+figures: $(VENV)/installed-dev
+	$(PY) -m tools.figures --stale --data $(DATA)
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile

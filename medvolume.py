@@ -121,22 +121,33 @@ class ShowVersions(argparse.Action):
 
 
 def versions() -> str:
-    """Return the versions of this package and of those below it, and the machine, in four lines for a bug report."""
-    import psutil  # here, as imports take time, and machine() imports torch
+    """Return the versions of this package and of those below it, and the machine, in four lines for a bug report.
 
-    from evaluation.report import git_commit, machine
+    A fifth line says why torch cannot be imported, where it cannot.
+    """
+    import psutil  # here, as imports take time
 
-    computer = machine()
-    cores = f"{computer['cores']} core{'s' * (computer['cores'] != 1)}"
+    from evaluation.report import cores, git_commit, processor
+
+    failure = []
+    try:
+        import torch
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    except Exception as error:  # a missing package or library, or one that does not fit: the report names it
+        gpu = "GPU unknown"
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        failure = [f"torch: cannot be imported ({reason})"]
+    count = cores()
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
-    parts = [computer["processor"], cores, memory, computer.get("accelerator", "no GPU")]
     commit = git_commit()
     return "\n".join(
         [
             f"medvolume {installed('medvolume')}" + (f", commit {commit}" if commit else ""),
             f"Python {platform.python_version()}, {platform.platform()}",
             ", ".join(f"{name} {installed(name)}" for name in PACKAGES),
-            ", ".join(parts),
+            ", ".join([processor(), f"{count} core{'s' * (count != 1)}", memory, gpu]),
+            *failure,
         ]
     )
 

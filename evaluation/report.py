@@ -83,11 +83,15 @@ def machine() -> Machine:
     one."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    result = Machine(processor=processor(), cores=cores, threads=torch.get_num_threads())
+    result = Machine(processor=processor(), cores=cores(), threads=torch.get_num_threads())
     if torch.cuda.is_available():
         result["accelerator"] = torch.cuda.get_device_name()
     return result
+
+
+def cores() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor() -> str:

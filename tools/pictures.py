@@ -12,6 +12,8 @@ from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
 
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "conditions"
 NAMES = ("mask", "edits", "classes", "images", "numbers", "calls", "demo")
 OF_VOLUMES = ("edits", "images")  # pictures that need real volumes
 
@@ -22,6 +24,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("picture", choices=NAMES, help="picture to draw")
     parser.add_argument("--pipeline", type=Path, help="pipeline to use instead of the default one")
     parser.add_argument("--data.root", dest="root", help="folder of the volumes; default: that of the config")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write to (docs/conditions)")
     options = parser.parse_args(args)
     if options.root and options.picture not in OF_VOLUMES:
         parser.error(f"--data.root: the picture {options.picture} needs no volumes; remove it")
@@ -54,8 +57,6 @@ from volumes import (
 from volumes.lesions import ellipsoid, insert_lesion, remove_lesion
 from volumes.phantom import INTENSITY
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "docs" / "conditions"
 HIPPOCAMPUS = ROOT / "weights" / "hippocampus"
 STUDENT = ROOT / "weights" / "hippocampus-fast"
 SEED = 0
@@ -332,15 +333,16 @@ assert set(NAMES) == set(PICTURES)  # --help lists them before they are defined
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Draw one picture and write it to docs/conditions."""
+    """Draw one picture, and write it and what was measured."""
     options = parse(args)
     draw, folder = PICTURES[options.picture]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline or folder)
     pipe.set_progress_bar_config(disable=True)
     figure, measured = draw(pipe, options.root) if options.picture in OF_VOLUMES else draw(pipe)
-    figure.savefig(FOLDER / f"{options.picture}.png", dpi=110)
+    options.output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output / f"{options.picture}.png", dpi=110)
     report = {"measured": measured, "model": pipe.model_hash, "seed": SEED, **provenance()}
-    write_report(FOLDER / f"{options.picture}.json", report)
+    write_report(options.output / f"{options.picture}.json", report)
     for name, values in measured.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
-    print(FOLDER / f"{options.picture}.png")
+    print(options.output / f"{options.picture}.png")

@@ -82,7 +82,6 @@ def main(args: list[str] | None = None) -> None:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     reports = sorted(options.results.glob("*.json"))
-    results = {path.stem: read_object(path) for path in reports}
 
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     models = [pipe.model_hash]
@@ -104,7 +103,7 @@ def main(args: list[str] | None = None) -> None:
     pipe.to(torch.float16)
     remove_leftovers(target)
     pipe.save_pretrained(target)
-    size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+    size = weights_size(target)
     if size > MAX_BYTES:
         raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {MAX_BYTES / 1e6:.0f} MB")
     for folder, files in (("masks", masks), ("results", reports)):
@@ -123,9 +122,20 @@ def main(args: list[str] | None = None) -> None:
         writer.writeheader()
         writer.writerows(row | ({"mask": f"masks/{Path(row['mask']).name}"} if row.get("mask") else {}) for row in rows)
 
-    figures = {**results, **summaries(results), "megabytes": size / 1e6}
-    write_text(target / "README.md", fill(options.card.read_text(encoding="utf-8"), figures))
-    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(rows)} examples, {len(results)} result files")
+    write_text(target / "README.md", card_text(options.card, target))
+    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(rows)} examples, {len(reports)} result files")
+
+
+def weights_size(folder: Path) -> int:
+    """Return the bytes of the weights in a pipeline folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def card_text(template: Path, folder: Path) -> str:
+    """Return the model card of a pipeline folder with results/. Raises: ValueError naming a missing figure."""
+    results = {path.stem: read_object(path) for path in sorted((folder / "results").glob("*.json"))}
+    figures = {**results, **summaries(results), "megabytes": weights_size(folder) / 1e6}
+    return fill(template.read_text(encoding="utf-8"), figures)
 
 
 def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePipeline:

@@ -33,7 +33,7 @@ MODULES = [
     "evaluation.data.label_budget",
 ]
 # Those of MODULES that are packages.
-PACKAGES = ("benchmarks.seeds", "reader_study", "recipes", "studio", "evaluation.doctor")
+PACKAGES = ("benchmarks.seeds", "tools.figures", "reader_study", "recipes", "studio", "evaluation.doctor")
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
@@ -73,9 +73,12 @@ MODULES += [
     for name in (
         "cluster_page",
         "evidence",
+        "figures",
+        "goals_page",
         "mutants",
         "pictures",
         "quickstart",
+        "robust_page",
         "samplers_page",
         "scale_page",
         "settings_page",

@@ -69,6 +69,27 @@ def test_version_names_packages_and_machine(console):
     assert medvolume.installed("a package that nobody has") == "(not installed)"
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            "raise OSError('libcudart.so.12: cannot open shared object file\\nmore')",
+            "libcudart.so.12: cannot",
+        ),
+        ("raise ModuleNotFoundError", "ModuleNotFoundError"),
+    ],
+)
+def test_version_says_why_torch_cannot_be_imported(console, tmp_path, code, reason):
+    """A package beside the launcher is imported before the installed one."""
+    (tmp_path / "bin/torch").mkdir(parents=True)
+    (tmp_path / "bin/torch/__init__.py").write_text(f"{code}\n")
+    done = console("--version")
+    assert done.returncode == 0, done.stderr
+    *_, machine, torch = done.stdout.splitlines()
+    assert machine.endswith("GiB of memory, GPU unknown") and "more" not in done.stdout
+    assert torch.startswith(f"torch: cannot be imported ({reason}") and torch.endswith(")")
+
+
 @pytest.mark.parametrize("name", medvolume.COMMANDS)
 def test_users_modules_do_no_harm(console, name):
     """Each command says its own name, also where the working directory has a `volumes` and a `training`."""

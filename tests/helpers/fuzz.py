@@ -302,6 +302,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 def main() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
+    from evaluation.report import provenance
+
     options = parse(None)
     whole, began = sum(SHARES[name] for name in options.targets), time.time()
     jobs = []
@@ -319,7 +321,7 @@ def main() -> None:
             for finding in result["findings"]:
                 print(json.dumps(finding), flush=True)
     report["cases"] = sum(sum(one["counts"].values()) for one in report["targets"].values())
-    report["seconds"] = round(time.time() - began)
+    report |= {"seconds": round(time.time() - began), **provenance()}
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -104,9 +104,9 @@ def test_a_change_is_compared_at_the_same_seed(tmp_path):
 
 
 def test_the_page_holds_the_report():
-    """Else run python -m benchmarks.learning.per_step_page docs/per_step.json --page docs/quality_and_speed.md."""
+    """Else run benchmarks.learning.per_step_page on docs/learning_per_step.json, for docs/quality_and_speed.md."""
     docs = Path(__file__).resolve().parents[2] / "docs"
-    report = docs / "per_step.json"
+    report = docs / "learning_per_step.json"
     expected = f"\n{per_step_page.page_text(json.loads(report.read_text()))}" if report.exists() else "\n"
     text = (docs / "quality_and_speed.md").read_text()
     assert text.partition(per_step_page.BEGIN)[2].partition(per_step_page.END)[0] == expected
