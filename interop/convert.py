@@ -19,13 +19,11 @@ from files.paths import open_regular, printable
 from pipelines.storage.provenance import software
 
 from .bundle_reader import BundleOptions, read_bundle
-from .formats import FORMATS, Format, Part
+from .formats import FORMATS, STATES, Format, Part
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile
 
 PROVENANCE = "provenance.json"
-# Where files keep their weights, beside other entries; or they hold nothing else.
-STATES = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model_state_dict", "model")
 SCALE = "scale_factor"
 MOST_NAMED = 4
 
@@ -90,7 +88,7 @@ def convert(
 ) -> list[Converted]:
     """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
 
-    Where a format's autoencoder and U-Net are both there, the folder is a pipeline.
+    Where all networks of a format are there, the folder is a pipeline.
 
     Args:
         format_name: a name in `FORMATS`.
@@ -107,10 +105,16 @@ def convert(
     kind = FORMATS[format_name]
     bundle = bundle or BundleOptions()
     _check_options(format_name, kind, network, license, bundle)
+    if kind.identify is not None and not (value_range is None and scale_factor is None):
+        raise ValueError(f"{format_name}: it has no autoencoder; omit --value_range and --scale_factor")
     if kind.is_bundle:
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None if network is None else read_object(network)
     sources = _sources(format_name, kind, weights)
+    if kind.identify is not None:
+        [(_, source)] = sources
+        kind = kind.identify(kind, source)
+        sources = [(part, source) for part in kind.parts]
     found = _one_scale([source for _, source in sources], scale_factor)
     scale_factor = kind.scale_factor if found is None else found
     restricted = license or kind.restricted
@@ -126,12 +130,12 @@ def convert(
     if output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output}: holds files already; give a new folder")
     whole = kind.variant is not None and len(parts) == len(kind.parts)
-    if whole and scale_factor is None:
+    if whole and scale_factor is None and any(part.peer.folder == "vae" for part in parts):
         raise FileError(f"{weights}: no file has a scale_factor, which a pipeline needs; give it with --scale_factor")
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            _save_pipeline(kind, models["vae"], models["unet"], unfinished, kind.config or weights)
+            _save_pipeline(kind, models.get("vae"), models["unet"], unfinished, kind.config or weights)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
@@ -142,7 +146,7 @@ def convert(
 
 
 def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) -> None:
-    """Write both networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+    """Write the networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
     assert kind.variant is not None
     try:
         kind.variant.pipeline(vae, unet).save_pretrained(folder)
@@ -224,7 +228,7 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
     Raises: FileError for a missing file, and for one that belongs to no part.
     """
     if not weights.is_dir():
-        source = read_source(weights)
+        source = read_source(weights, kind.states)
         for part in kind.parts:
             marker = PEERS[part.peers[0]].marker
             if any(name.startswith((marker, f"module.{marker}")) for name in source.state):
@@ -240,12 +244,15 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise FileError(f"{weights}: has no {' or '.join(part.files)}, there or in models/; or give one file")
-        found.append((part, read_source(path)))
+        found.append((part, read_source(path, kind.states)))
     return found
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, states: Sequence[str] = STATES) -> Source:
     """Read what a file of weights holds, without its values.
+
+    Args:
+        states: entries that may hold the weights, beside others.
 
     Raises: FileError for a damaged file, for one with anything else than tensors and plain values, and where no or
         several entries are weights.
@@ -262,10 +269,10 @@ def read_source(path: Path) -> Source:
     if content and all(isinstance(value, StoredTensor) for value in content.values()):
         state, beside = content, ()
     else:
-        held = [name for name in STATES if isinstance(content.get(name), dict)]
+        held = [name for name in states if isinstance(content.get(name), dict)]
         if len(held) != 1:
             raise FileError(
-                f"{path}: its weights are expected under one of {', '.join(STATES)}; it has "
+                f"{path}: its weights are expected under one of {', '.join(states)}; it has "
                 f"{_shorten([str(name) for name in content])}"
             )
         state, beside = content[held[0]], tuple(str(name) for name in content if name not in (held[0], SCALE))
@@ -369,8 +376,10 @@ def model_card(record: Mapping[str, Any]) -> str:
     lines += ["## License and source", "", f"License of the weights: {license}."]
     if kind.restricted:
         lines += ["Every volume that is generated with them repeats this in its sidecar."]
-    lines += [f"Source: {record['source'] or 'a file on this machine'}.", "", "## Files", ""]
-    lines += ["| folder | class of MONAI | file | sha256 | parameters |", "|---|---|---|---|---|"]
+    lines += [f"Source: {record['source'] or 'a file on this machine'}."]
+    lines += [line for note in kind.notes for line in ("", note)]
+    lines += ["", "## Files", ""]
+    lines += ["| folder | class of its owner | file | sha256 | parameters |", "|---|---|---|---|---|"]
     for folder, one in record["networks"].items():
         name = printable(one["file"]).replace("|", "\\|")
         lines.append(f"| {folder}/ | {one['class']} | {name} | {one['sha256']} | {one['parameters']:,} |")

@@ -1,4 +1,4 @@
-"""MONAI's classes in terms of ours: arguments, defaults, and the names of their tensors."""
+"""Others' classes, most of them MONAI's, in terms of ours: arguments, defaults, and the names of their tensors."""
 
 import importlib
 import re
@@ -11,7 +11,10 @@ import torch
 from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
 from autoencoder.monai.vq import MonaiVQVAE
+from diffusion.med_ddpm_unet import MedDDPMUNet3D
 from diffusion.monai_unet import MonaiUNet3D
+
+from . import med_ddpm
 
 Renames = Sequence[tuple[str, str]]
 
@@ -49,7 +52,7 @@ UNET: Renames = (
 
 @dataclass(frozen=True)
 class Peer:
-    """A class of MONAI.
+    """A class of MONAI, or of another owner.
 
     Attributes:
         model: our class that computes the same.
@@ -58,7 +61,7 @@ class Peer:
         defaults: what MONAI takes for arguments that are not given, by our names.
         renames: patterns of the names of its tensors, and ours; the first that fits counts, others keep their names.
         marker: the beginning of names that tells its weights from those of other classes.
-        path: where MONAI has it.
+        path: where its owner has it.
         ignored: arguments that change training alone, and no weight's name, as `WITHOUT_EFFECT`.
         fixed: arguments that must have one of these values, the first by default.
         added: values of tensors that our class has beside MONAI's.
@@ -184,6 +187,16 @@ PEERS = {
         UNET,
         "down_blocks.",
         f"{_MAISI_NETWORKS}.diffusion_model_unet_maisi",
+    ),
+    med_ddpm.PEER: Peer(
+        MedDDPMUNet3D,
+        "unet",
+        {name: name for name in med_ddpm.WHOLE_HEAD.arguments},
+        {},
+        med_ddpm.RENAMES,
+        "denoise_fn.",
+        "https://github.com/mobaidoctor/med-ddpm",
+        fixed={},
     ),
 }
 
