@@ -13,6 +13,7 @@ import torch
 
 from autoencoder.model import VolumeModel, check_finite
 from autoencoder.weights import open_safetensors, stored_shapes
+from cli.settings import FiniteFloat, PositiveFloat, faults, refuse
 from files.atomic import atomic_parts
 from files.documents import FileError, read_object
 from files.paths import open_regular, printable
@@ -56,6 +57,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What the file of `--network` may say beside the arguments of MONAI's class.
+
+    Attributes:
+        value_range, scale_factor, license: as in `convert`.
+    """
+
+    value_range: tuple[FiniteFloat, FiniteFloat] | None = None
+    scale_factor: PositiveFloat | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
 class Converted:
     """A network whose every tensor fits: what `convert` writes of it."""
 
@@ -94,7 +108,8 @@ def convert(
         format_name: a name in `FORMATS`.
         weights: a file (.pt, .pth, .ckpt or .safetensors), or a folder with the files of all the format's networks.
         output: the folder, which appears when everything is checked and written.
-        network: JSON file with the arguments of MONAI's class, for formats that do not fix them.
+        network: JSON file with the arguments of MONAI's class, for formats that do not fix them. It may also hold
+            `value_range`, `scale_factor` and `license`, which count where they are not given here.
         value_range: intensities that the autoencoder took for black and white, for formats that do not fix them.
         scale_factor: what the diffusion model's training multiplied latents by; of the file if it has one.
         license: of the weights, for formats that do not fix it; generated volumes will name it.
@@ -110,6 +125,10 @@ def convert(
     if kind.is_bundle:
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None if network is None else read_object(network)
+    if arguments is not None:
+        known = _said_beside(kind, arguments, network)
+        value_range, license = value_range or known.value_range, license or known.license
+        scale_factor = known.scale_factor if scale_factor is None else scale_factor
     sources = _sources(format_name, kind, weights)
     if kind.identify is not None:
         [(_, source)] = sources
@@ -170,10 +189,31 @@ def _check_options(
         )
     if not given and network is not None:
         raise ValueError(f"{format_name}: the network of this format is known; omit --network")
-    if license is not None and not (license.strip() and license.isprintable()):
-        raise ValueError(f"--license {license!r:.80}: give its name on one line, such as CC-BY-4.0")
+    _check_license("--license", license)
     if license is not None and kind.license is not None:
         raise ValueError(f"{format_name}: the license is {kind.license}; omit --license")
+
+
+def _said_beside(kind: Format, arguments: dict[str, Any], path: Path | None) -> Beside:
+    """Take what `--network` says beside the arguments of the class, as `convert --to monai-weights` writes it.
+
+    Raises: ValueError naming the file, and the entry that is of another kind.
+    """
+    names = list(Beside.__annotations__) if PEERS[kind.parts[0].peers[0]].folder == "vae" else ["license"]
+    found = {name: arguments.pop(name) for name in names if name in arguments}
+    try:
+        refuse(faults(Beside, found))
+        _check_license("license", found.get("license"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if (value_range := found.get("value_range")) is not None:
+        found["value_range"] = tuple(map(float, value_range))
+    return Beside(**found)
+
+
+def _check_license(name: str, license: str | None) -> None:
+    if license is not None and not (license.strip() and license.isprintable()):
+        raise ValueError(f"{name} {license!r:.80}: give its name on one line, such as CC-BY-4.0")
 
 
 def _config(part: Part, given: Mapping[str, Any] | None, path: Path | None) -> tuple[str, Peer, dict[str, object]]:
