@@ -110,6 +110,7 @@ class MedDDPMUNet3D(LatentDenoiser):
     Raises: ValueError unless there is one entry per level, and for `shift_voxels`.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["MedDDPMResidualBlock"]
     _repeated_blocks = ["MedDDPMResidualBlock"]
     mask_stride = (1, 1, 1)
@@ -142,6 +143,7 @@ class MedDDPMUNet3D(LatentDenoiser):
                 f"channels {channels}, num_res_blocks {num_res_blocks} and attention_levels {attention_levels} need "
                 "one entry per level"
             )
+        self.gradient_checkpointing = False
         self.stride = 2 ** (len(channels) - 1)
         time_width, groups = 4 * channels[0], norm_num_groups
         self.time_in = nn.Linear(channels[0], time_width)
@@ -239,14 +241,23 @@ class MedDDPMUNet3D(LatentDenoiser):
         time = self.time_out(F.silu(self.time_in(self._time_features(timestep, sample))))
         hidden, skips = self._turned(x), []
         for layers in self.down:
-            hidden = _run(layers, hidden, time)
+            hidden = self._run(layers, hidden, time)
             skips.append(hidden)
-        hidden = _run(self.middle, hidden, time)
+        hidden = self._run(self.middle, hidden, time)
         for layers in self.up:
-            hidden = _run(layers, torch.cat([hidden, skips.pop()], dim=1), time)
+            hidden = self._run(layers, torch.cat([hidden, skips.pop()], dim=1), time)
         predicted = self.conv_out(F.silu(self.norm_out(hidden)))
         predicted = crop_at_end(self._turned(predicted, back=True), sides)
         return LatentUNet3DOutput(sample=predicted) if return_dict else (predicted,)
+
+    def _run(self, layers: Iterable[nn.Module], x: Tensor, time: Tensor) -> Tensor:
+        for layer in layers:
+            given = (x, time) if isinstance(layer, MedDDPMResidualBlock) else (x,)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(layer, *given)  # pyright: ignore[reportOptionalCall]
+            else:
+                x = layer(*given)
+        return x
 
     def _time_features(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         """Return cosines and sines of the timestep (B, channels[0]), with periods up to `LONGEST_PERIOD` 2 pi."""
@@ -262,9 +273,3 @@ class MedDDPMUNet3D(LatentDenoiser):
         if back:
             return x.permute(0, 1, 4, 3, 2).flip([2 + axis for axis in against]).contiguous()
         return x.flip([2 + axis for axis in against]).permute(0, 1, 4, 3, 2).contiguous()
-
-
-def _run(layers: Iterable[nn.Module], x: Tensor, time: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x, time) if isinstance(layer, MedDDPMResidualBlock) else layer(x)
-    return x

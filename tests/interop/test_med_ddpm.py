@@ -9,8 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
+import train_ldm
 from convert import main as command
 from diffusion import MedDDPMUNet3D, fold_mask
 from files.documents import FileError
@@ -24,6 +28,7 @@ from volumes import Volume
 KINDS = {"whole": med_ddpm.WHOLE_HEAD, "brats": med_ddpm.BRATS}
 STEPS = 8
 SHAPE = (16, 16, 32)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 pytestmark = [pytest.mark.filterwarnings("ignore:the mask"), pytest.mark.filterwarnings("ignore:mask")]
 
 
@@ -278,3 +283,50 @@ def test_conditions_and_configs_are_checked():
     with torch.no_grad():  # padded with background, and cropped
         padded = unet(torch.nn.functional.pad(voxels[..., :3], (0, 1)), 1, mask=ids).sample
         assert torch.equal(unet(voxels[..., :3], 1, mask=ids[:, :, :, :3]).sample, padded[..., :3])
+
+
+def test_checkpointing_changes_no_gradient():
+    unet = MedDDPMUNet3D(channels=[32, 32], num_res_blocks=[1, 1], attention_levels=[False, True])
+    voxels, ids = torch.randn(1, 1, 4, 4, 4), torch.randint(0, 4, (1, 4, 4, 4, 1), dtype=torch.int32)
+    gradients = []
+    for enable in (unet.disable_gradient_checkpointing, unet.enable_gradient_checkpointing):
+        enable()
+        unet.zero_grad()
+        unet(voxels, 5, mask=ids).sample.square().mean().backward()
+        gradients.append({name: weight.grad.clone() for name, weight in unet.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert min(gradient.abs().max() for gradient in gradients[0].values()) > 0
+
+
+def test_it_is_tuned_on_masks_of_its_labels(converted, tmp_path):
+    folder, _ = converted("whole")
+    random = np.random.default_rng(0)
+    for kind in ("image", "mask"):
+        (tmp_path / kind).mkdir()
+        for number in range(2):
+            labels = random.integers(0, 3, (16, 16, 16)).astype(np.int16)
+            voxels = labels if kind == "mask" else random.normal(0, 0.3, labels.shape).astype(np.float32)
+            nib.save(nib.Nifti1Image(voxels, np.diag([1.5, 1.5, 1.5, 1.0])), tmp_path / kind / f"{number}.nii.gz")
+    data = {"root": str(tmp_path), "images": {"mr": "image/{name}.nii.gz"}, "masks": "mask/{name}.nii.gz"}
+    data |= {"validation_fraction": 0.0, "label_names": dict(med_ddpm.WHOLE_HEAD.labels)}
+    data |= {"intensity": {"kind": "window", "low": -1.0, "high": 1.0}}
+    words = [f"--vae={folder / 'vae'}", f"--init_from={folder / 'unet'}", f"--output={tmp_path / 'run'}", "--loss=l1"]
+    words += ["--loop.max_steps=1", "--loop.batch_size=1", "--loop.mixed_precision=no", "--loop.validate_every=0"]
+    words += ["--loop.preview_every=0", "--loop.workers=0", "--loop.trackers=[]", "--loop.ema_decay=0"]
+    words += ["--optimizer.warmup_steps=0", "--inference_steps=2", "--scheduler=DDIMScheduler"]
+
+    def train(content) -> None:
+        (tmp_path / "ldm.yaml").write_text(yaml.safe_dump({"data": content}))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_ldm.main([f"--config={tmp_path / 'ldm.yaml'}", *words])
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    train(data)
+    before, after = (load_file(where / "unet" / WEIGHTS) for where in (folder, tmp_path / "run/pipeline"))
+    assert [name for name in before if name.endswith("weight") and torch.equal(before[name], after[name])] == []
+    pipe = MedVolumePipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert pipe.scheduler.config.clip_sample and pipe.scheduler.config.clip_sample_range == 1
+    assert pipe.license == "research only" and pipe.vae.config["latents_std"] == [1.0]
+    del data["masks"], data["label_names"]
+    with pytest.raises(ValueError, match="model.num_labels is 3, but the data makes it 0"):
+        train(data)
