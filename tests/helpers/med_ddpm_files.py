@@ -16,7 +16,7 @@ from torch import Tensor
 from interop.med_ddpm import Published
 
 GROUPS = 32
-NARROW = [32, 32, 64, 32, 96]
+NARROW = [32, 32, 32, 64, 32]
 BUFFERS = (
     "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
     "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "

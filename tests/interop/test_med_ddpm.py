@@ -26,7 +26,7 @@ from pipelines import MedVolumePipeline
 from volumes import Volume
 
 KINDS = {"whole": med_ddpm.WHOLE_HEAD, "brats": med_ddpm.BRATS}
-STEPS = 8
+STEPS = 4
 SHAPE = (16, 16, 32)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 pytestmark = [pytest.mark.filterwarnings("ignore:the mask"), pytest.mark.filterwarnings("ignore:mask")]
@@ -86,9 +86,12 @@ def plain_ddpm(name: str, state, mask: np.ndarray, generator: torch.Generator) -
     return x
 
 
-def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to a fraction of the range; on average to a twentieth of that."""
     assert ours.shape == expected.shape and expected.std() > 0.05
-    assert (ours - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
+    differences, span = (ours - expected).abs(), expected.max() - expected.min()
+    assert differences.max() <= tolerance * span
+    assert differences.mean() <= tolerance / 20 * span
 
 
 @pytest.mark.parametrize(("name", "tensors", "parameters"), [("whole", 246, 40_226_433), ("brats", 338, 57_562_564)])
@@ -125,7 +128,8 @@ def test_sampling_is_a_plain_ddpm(name, converted):
     with torch.no_grad():
         expected = plain_ddpm(name, state, mask, torch.Generator().manual_seed(3))
     low, high = KINDS[name].intensity
-    assert_close(voxels.reshape(expected.shape), (expected.clamp(-1, 1) + 1) / 2 * (high - low) + low)
+    expected = (expected.clamp(-1, 1) + 1) / 2 * (high - low) + low
+    assert_close(voxels.reshape(expected.shape), expected, tolerance=1e-4)  # every step amplifies rounding
 
 
 def test_generated_files_are_on_the_masks_grid_and_name_the_license(converted, tmp_path):
@@ -211,7 +215,7 @@ def changed(state, name: str):
         ("extra", r"1 unknown \(denoise_fn\.extra\.weight\)"),
         ("shape", r"of another shape \(denoise_fn\.input_blocks\.1\.0\.in_layers\.0\.weight \(7,\), not \(32,\)\)"),
         ("integers", r"not floating point \(denoise_fn\.input_blocks\.1"),
-        ("linear", "betas are not those of the cosine schedule of 8 steps"),
+        ("linear", "betas are not those of the cosine schedule of 4 steps"),
         ("no schedule", "has no betas"),
         ("other channels", "3 input and 2 output channels; .*whole heads: 3 and 1, BraTS: 8 and 4"),
         ("attention", r"missing \(middle\.1\.qkv\.bias\)"),
