@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .images import fold_images, image_condition
     from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
-    from .med_ddpm_unet import MedDDPMUNet3D
+    from .med_ddpm.unet import MedDDPMUNet3D
     from .monai_unet import MonaiUNet3D
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D

@@ -11,7 +11,7 @@ import torch
 from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
 from autoencoder.monai.vq import MonaiVQVAE
-from diffusion.med_ddpm_unet import MedDDPMUNet3D
+from diffusion.med_ddpm.unet import MedDDPMUNet3D
 from diffusion.monai_unet import MonaiUNet3D
 
 from . import med_ddpm

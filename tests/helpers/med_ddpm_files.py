@@ -145,12 +145,15 @@ def predict(state: Mapping[str, Tensor], x: Tensor, timestep: int) -> Tensor:
     angles = timestep * torch.tensor([1000 ** (-index / half) for index in range(half)])[None]
     time = F.linear(torch.cat([angles.cos(), angles.sin()], dim=1), *parts("time_embed.0"))
     time = F.linear(F.silu(time), *parts("time_embed.2"))
-    counts = {kind: 1 + max(int(n.split(".")[2]) for n in state if f".{kind}." in n) for kind in ("input_blocks", "output_blocks")}
+
+    def count(kind: str) -> int:
+        return 1 + max(int(name.split(".")[2]) for name in state if f".{kind}." in name)
+
     skips = []
-    for number in range(counts["input_blocks"]):
+    for number in range(count("input_blocks")):
         x = run(f"input_blocks.{number}", x)
         skips.append(x)
     x = run("middle_block", x)
-    for number in range(counts["output_blocks"]):
+    for number in range(count("output_blocks")):
         x = run(f"output_blocks.{number}", torch.cat([x, skips.pop()], dim=1))
     return F.conv3d(F.silu(norm("out.0", x)), *parts("out.2"), padding=1)

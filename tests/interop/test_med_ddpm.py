@@ -132,23 +132,23 @@ def test_sampling_is_a_plain_ddpm(name, converted):
     assert_close(voxels.reshape(expected.shape), expected, tolerance=1e-4)  # every step amplifies rounding
 
 
-def test_generated_files_are_on_the_masks_grid_and_name_the_license(converted, tmp_path):
+def test_generated_files_are_on_the_masks_grid(converted, tmp_path):
     """Other schedulers and fewer steps, a mask that lies the other way round, and four channels."""
     folder, _ = converted("brats")
     mask = random_mask("brats")[:, :13]  # a side that four levels cannot halve
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     nib.save(nib.Nifti1Image(mask, affine), tmp_path / "mask.nii.gz")
-    generate([f"--pipeline={folder}", f"--mask={tmp_path / 'mask.nii.gz'}", "--steps=2", f"--output={tmp_path / 'out'}"])
+    words = [f"--pipeline={folder}", f"--masks={tmp_path / 'mask.nii.gz'}", f"--output={tmp_path / 'out'}"]
+    generate([*words, "--steps=2"])
     written = sorted((tmp_path / "out").rglob("*.nii.gz"))
-    volumes = [nib.load(path) for path in written]
-    assert all(np.allclose(volume.affine, affine) for volume in volumes)
-    volumes = [volume for volume in volumes if volume.shape[:3] == mask.shape and volume.get_fdata().std() > 0]
+    assert all(np.allclose(nib.load(path).affine, affine) for path in written)
     images = [path for path in written if any(f"_{name}." in path.name for name in med_ddpm.BRATS.channels)]
     assert len(images) == 4
     for path in images:
         voxels = nib.load(path).get_fdata()
         assert voxels.shape == mask.shape and 0 <= voxels.min() < voxels.max() <= 1
-    record = next(json.loads(path.read_text()) for path in (tmp_path / "out").rglob("*.json") if "license" in path.read_text())
+    texts = [path.read_text() for path in (tmp_path / "out").rglob("*.json")]
+    record = next(json.loads(text) for text in texts if '"license"' in text)
     assert record["license"] == "research only" and record["num_inference_steps"] == 2
 
 
@@ -168,7 +168,7 @@ def test_a_mask_means_the_same_whichever_way_it_lies(converted):
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, FlowMatchEulerDiscreteScheduler])
-def test_schedulers_clip_to_the_range_of_voxels_or_are_refused(scheduler, converted):
+def test_schedulers_clip_to_the_range_of_voxels(scheduler, converted):
     folder, _ = converted("whole")
     pipe = MedVolumePipeline.from_pretrained(folder)
     unet = pipe.unet

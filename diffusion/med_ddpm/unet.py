@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from cli.settings import PositiveInt, Range
 
-from .conditioning import ConditionSchema
-from .denoiser import LatentDenoiser
-from .objectives import MAX_SHIFT_VOXELS, check_shift
-from .scheduler_options import MAX_TIMESTEPS
-from .unet import LatentUNet3DOutput, crop_at_end, pad_at_end
+from ..conditioning import ConditionSchema
+from ..denoiser import LatentDenoiser
+from ..objectives import MAX_SHIFT_VOXELS, check_shift
+from ..scheduler_options import MAX_TIMESTEPS
+from ..unet import LatentUNet3DOutput, crop_at_end, pad_at_end
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
 
-    from .completion import DataFacts
+    from ..completion import DataFacts
 
 OURS = "RAS"  # orientation of our volumes
 LONGEST_PERIOD = 1000.0  # of the time features, in steps
@@ -241,11 +241,12 @@ class MedDDPMUNet3D(LatentDenoiser):
         time = self.time_out(F.silu(self.time_in(self._time_features(timestep, sample))))
         hidden, skips = self._turned(x), []
         for layers in self.down:
-            hidden = self._run(layers, hidden, time)
+            hidden = self._run(layers, hidden, time)  # pyright: ignore[reportArgumentType]
             skips.append(hidden)
         hidden = self._run(self.middle, hidden, time)
         for layers in self.up:
-            hidden = self._run(layers, torch.cat([hidden, skips.pop()], dim=1), time)
+            joined = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = self._run(layers, joined, time)  # pyright: ignore[reportArgumentType]
         predicted = self.conv_out(F.silu(self.norm_out(hidden)))
         predicted = crop_at_end(self._turned(predicted, back=True), sides)
         return LatentUNet3DOutput(sample=predicted) if return_dict else (predicted,)
