@@ -46,7 +46,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
         "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format, or of a bundle"
     )
     reading.add_argument("--weights", type=Path, metavar="FILE", help=weights_help)
-    network_help = "JSON file with the arguments of MONAI's class, for weights that you trained; it may say what options do"
+    network_help = (
+        "JSON file with the arguments of MONAI's class, for weights that you trained; it may say what options do"
+    )
     reading.add_argument("--network", type=Path, metavar="FILE", help=network_help)
     range_help = "intensities between which the autoencoder's training volumes lay, for weights that you trained"
     reading.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)

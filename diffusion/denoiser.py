@@ -31,7 +31,8 @@ class LossSettings(TypedDict):
 
 class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
     """A U-Net over latents: `LatentUNet3D`, `MonaiUNet3D` or `MedDDPMUNet3D`. Called as
-    `unet(latents, timestep, **conditions)`, where `conditions` are those of its `condition_schema` (`Conditions.as_kwargs`), it predicts its `objective`.
+    `unet(latents, timestep, **conditions)`, where `conditions` are those of its `condition_schema`
+    (`Conditions.as_kwargs`), it predicts its `objective`.
 
     Its config has at least in_channels, out_channels, channels, objective, train_steps, shift_voxels and subjects.
     """

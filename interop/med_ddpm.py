@@ -183,9 +183,7 @@ def identify(kind: "Format", source: "Source") -> "Format":
         )
     steps = _check_schedule(source, names.get(BETAS))
     settings = {"mask_low": found.mask_low, "orientation": found.orientation, "train_steps": steps}
-    return replace(
-        kind, parts=[replace(kind.parts[0], arguments=found.arguments, settings=settings)], variant=found
-    )
+    return replace(kind, parts=[replace(kind.parts[0], arguments=found.arguments, settings=settings)], variant=found)
 
 
 def _check_schedule(source: "Source", name: str | None) -> int:

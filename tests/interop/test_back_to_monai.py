@@ -306,7 +306,9 @@ def test_what_monai_does_not_know_comes_back_too(name, tmp_path, monkeypatch):
     for part, kind in {"vae": "monai-autoencoderkl", "unet": "monai-diffusion-unet"}.items():
         told = tmp_path / f"back/{part}.network.json"
         convert(kind, tmp_path / f"back/{part}.pt", tmp_path / part, network=told)
-        first, again = (json.loads((tmp_path / f"{folder}/{part}/config.json").read_text()) for folder in ("ours", part))
+        first, again = (
+            json.loads((tmp_path / f"{folder}/{part}/config.json").read_text()) for folder in ("ours", part)
+        )
         assert again == first
         states = [load_file(tmp_path / f"{folder}/{part}/{WEIGHTS}") for folder in ("ours", part)]
         assert_same_state(*states)
@@ -344,7 +346,9 @@ def test_numbers_as_channels_come_back(tmp_path):
 )
 def test_what_network_says_is_checked(said, message, tmp_path):
     arguments = {"channels": [8], "num_res_blocks": 1, "attention_levels": [False], "norm_num_groups": 4}
-    torch.save(AutoencoderKL(**arguments, spatial_dims=3, in_channels=1, out_channels=1).state_dict(), tmp_path / "a.pt")
+    torch.save(
+        AutoencoderKL(**arguments, spatial_dims=3, in_channels=1, out_channels=1).state_dict(), tmp_path / "a.pt"
+    )
     arguments |= {"in_channels": 1, "out_channels": 1, "value_range": [0.0, 1.0]}
     (tmp_path / "a.json").write_text(json.dumps(arguments | said))
     with pytest.raises(ValueError, match=message) as caught:

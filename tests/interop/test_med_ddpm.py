@@ -87,11 +87,8 @@ def plain_ddpm(name: str, state, mask: np.ndarray, generator: torch.Generator) -
 
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to a fraction of the range; on average to a twentieth of that."""
     assert ours.shape == expected.shape and expected.std() > 0.05
-    differences, span = (ours - expected).abs(), expected.max() - expected.min()
-    assert differences.max() <= tolerance * span
-    assert differences.mean() <= tolerance / 20 * span
+    assert (ours - expected).abs().max() <= tolerance * (expected.max() - expected.min())
 
 
 @pytest.mark.parametrize(("name", "tensors", "parameters"), [("whole", 246, 40_226_433), ("brats", 338, 57_562_564)])
@@ -130,6 +127,7 @@ def test_sampling_is_a_plain_ddpm(name, converted):
     low, high = KINDS[name].intensity
     expected = (expected.clamp(-1, 1) + 1) / 2 * (high - low) + low
     assert_close(voxels.reshape(expected.shape), expected, tolerance=1e-4)  # every step amplifies rounding
+    assert (voxels.reshape(expected.shape) - expected).abs().mean() <= 1e-6 * (high - low)
 
 
 def test_generated_files_are_on_the_masks_grid(converted, tmp_path):
@@ -159,11 +157,9 @@ def test_a_mask_means_the_same_whichever_way_it_lies(converted):
     mask, affine = random_mask("whole"), np.diag([1.5, 1.5, 1.5, 1.0])
     turned = np.diag([-1.5, 1.5, 1.5, 1.0])
     turned[0, 3] = 1.5 * (SHAPE[0] - 1)
-    voxels = [
-        pipe(mask=Volume(array[None].copy(), grid), num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-        for array, grid in ((mask, affine), (mask[::-1], turned))
-    ]
-    first, second = (volume.volumes[0].get_fdata() for volume in voxels)
+    masks = [nib.Nifti1Image(mask, affine), nib.Nifti1Image(mask[::-1], turned)]
+    made = [pipe(mask=one, num_inference_steps=2, generator=torch.Generator().manual_seed(0)) for one in masks]
+    first, second = (out.volumes[0].get_fdata() for out in made)
     assert first.std() > 0 and np.array_equal(first, second[::-1])
 
 
@@ -308,7 +304,7 @@ def test_it_is_tuned_on_masks_of_its_labels(converted, tmp_path):
     for kind in ("image", "mask"):
         (tmp_path / kind).mkdir()
         for number in range(2):
-            labels = random.integers(0, 3, (16, 16, 16)).astype(np.int16)
+            labels = random.integers(0, 3, (32, 16, 16)).astype(np.int16)
             voxels = labels if kind == "mask" else random.normal(0, 0.3, labels.shape).astype(np.float32)
             nib.save(nib.Nifti1Image(voxels, np.diag([1.5, 1.5, 1.5, 1.0])), tmp_path / kind / f"{number}.nii.gz")
     data = {"root": str(tmp_path), "images": {"mr": "image/{name}.nii.gz"}, "masks": "mask/{name}.nii.gz"}
