@@ -47,7 +47,7 @@ class Assembly(Protocol):
     """What turns the networks of a format into a pipeline."""
 
     def pipeline(self, vae: Any, unet: Any) -> "MedVolumePipeline":
-        """Put the networks together. Without an autoencoder the first is None. Raises: ValueError if they do not fit."""
+        """Put the networks together, the first of which may be None. Raises: ValueError if they do not fit."""
         ...
 
 

@@ -9,6 +9,7 @@ is imported, so methods import what they build.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from files.documents import FileError
@@ -193,7 +194,7 @@ def _check_schedule(source: "Source", name: str | None) -> int:
         raise FileError(f"{source.path}: has no {BETAS}, the noise schedule that it was trained with")
     steps = shape[0]
     level = [math.cos((step / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(steps + 1)]
-    expected = [min(1 - after / before, 0.999) for before, after in zip(level, level[1:], strict=False)]
+    expected = [min(1 - after / before, 0.999) for before, after in pairwise(level)]
     betas = source.read({name: BETAS})[BETAS].double().tolist()
     if not all(abs(one - other) <= ROUNDING for one, other in zip(betas, expected, strict=True)):
         raise FileError(
