@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentDenoiser, MonaiUNet3D
+from diffusion import LatentDenoiser
 from files.atomic import atomic_folder
 from files.documents import FileError, read_object
 from files.paths import printable
@@ -24,7 +24,7 @@ from volumes.description import DataDescription
 
 from .bundle_writer import write_bundle
 from .networks import CONDITIONS, TRAINED, arguments_of, monai_state, peer_name
-from .programs import export_decoder, export_denoiser, export_encoder, smallest_side
+from .programs import ONE_AT_A_TIME, export_decoder, export_denoiser, export_encoder, smallest_side
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 CARD = "weights.md"  # the pipeline's own README.md, which says how it was trained and whose data it saw
@@ -147,7 +147,7 @@ def write_programs(networks: Networks, folder: Path) -> str:
     if (unet := networks.unet) is not None:
         torch.export.save(export_denoiser(unet), folder / "unet.pt2")
         values = {"conditions": _conditions(unet), "objective": unet.config["objective"], "side": smallest_side(unet)}
-        values["batch"] = 1 if isinstance(unet, MonaiUNet3D) else "B"
+        values["batch"] = 1 if isinstance(unet, ONE_AT_A_TIME) else "B"
         lines.append(OF_UNET.format(**values, channels=unet.config["in_channels"]))
         if unet.condition_schema.mask and networks.labels:
             lines += ["", *_label_table(networks.labels)]
