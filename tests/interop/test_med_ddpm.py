@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import med_ddpm_files as files
 import nibabel as nib
@@ -15,8 +16,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 import train_ldm
+from autoencoder import SpaceToDepth3D
 from convert import main as command
 from diffusion import MedDDPMUNet3D, fold_mask
+from diffusion.completion import complete_model
 from files.documents import FileError
 from generate import main as generate
 from interop import med_ddpm
@@ -314,19 +317,28 @@ def test_it_is_tuned_on_masks_of_its_labels(converted, tmp_path):
     words += ["--loop.max_steps=1", "--loop.batch_size=1", "--loop.mixed_precision=no", "--loop.validate_every=0"]
     words += ["--loop.preview_every=0", "--loop.workers=0", "--loop.trackers=[]", "--loop.ema_decay=0"]
     words += ["--optimizer.warmup_steps=0", "--inference_steps=2", "--scheduler=DDIMScheduler"]
-
-    def train(content) -> None:
-        (tmp_path / "ldm.yaml").write_text(yaml.safe_dump({"data": content}))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train_ldm.main([f"--config={tmp_path / 'ldm.yaml'}", *words])
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-    train(data)
+    (tmp_path / "ldm.yaml").write_text(yaml.safe_dump({"data": data}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_ldm.main([f"--config={tmp_path / 'ldm.yaml'}", *words])
+    AcceleratorState._reset_state(reset_partial_state=True)
     before, after = (load_file(where / "unet" / WEIGHTS) for where in (folder, tmp_path / "run/pipeline"))
     assert [name for name in before if name.endswith("weight") and torch.equal(before[name], after[name])] == []
     pipe = MedVolumePipeline.from_pretrained(tmp_path / "run/pipeline")
     assert pipe.scheduler.config.clip_sample and pipe.scheduler.config.clip_sample_range == 1
     assert pipe.license == "research only" and pipe.vae.config["latents_std"] == [1.0]
-    del data["masks"], data["label_names"]
-    with pytest.raises(ValueError, match="model.num_labels is 3, but the data makes it 0"):
-        train(data)
+
+
+def test_data_that_it_cannot_be_tuned_on_is_refused(converted):
+    folder, _ = converted("whole")
+    pipe = MedVolumePipeline.from_pretrained(folder)
+    section = {"class": "diffusion.MedDDPMUNet3D", "num_labels": 3, "in_channels": 1}
+    assert complete_model(section, pipe.vae, pipe.data) == {**section, "out_channels": 1}
+    four = SpaceToDepth3D(4, channel_names=["mr"])
+    for vae, changes, message in (
+        (pipe.vae, {"labels": {}}, "model.num_labels is 3, but the data makes it 0"),
+        (pipe.vae, {"classes": {"sex": ["F", "M"]}}, "takes a mask alone: remove data.classes"),
+        (four, {}, "model.in_channels is 1, but the data makes it 4"),
+        (SpaceToDepth3D(1, patch_size=2), {}, "set vae to a SpaceToDepth3D with patch_size: 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            complete_model(section, vae, replace(pipe.data, **changes))
