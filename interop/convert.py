@@ -124,9 +124,9 @@ def convert(
         raise ValueError(f"{format_name}: it has no autoencoder; omit --value_range and --scale_factor")
     if kind.is_bundle:
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
-    arguments = None if network is None else read_object(network)
-    if arguments is not None:
-        known = _said_beside(kind, arguments, network)
+    arguments = None
+    if network is not None:
+        known, arguments = _said_beside(kind, read_object(network), network)
         value_range, license = value_range or known.value_range, license or known.license
         scale_factor = known.scale_factor if scale_factor is None else scale_factor
     sources = _sources(format_name, kind, weights)
@@ -194,13 +194,14 @@ def _check_options(
         raise ValueError(f"{format_name}: the license is {kind.license}; omit --license")
 
 
-def _said_beside(kind: Format, arguments: dict[str, Any], path: Path | None) -> Beside:
-    """Take what `--network` says beside the arguments of the class, as `convert --to monai-weights` writes it.
+def _said_beside(kind: Format, given: Mapping[str, Any], path: Path | None) -> tuple[Beside, Mapping[str, Any]]:
+    """Divide what `--network` says: what is beside the arguments of the class, as `convert --to monai-weights` writes
+    it, and the arguments.
 
     Raises: ValueError naming the file, and the entry that is of another kind.
     """
     names = list(Beside.__annotations__) if PEERS[kind.parts[0].peers[0]].folder == "vae" else ["license"]
-    found = {name: arguments.pop(name) for name in names if name in arguments}
+    found = {name: given[name] for name in names if name in given}
     try:
         refuse(faults(Beside, found))
         _check_license("license", found.get("license"))
@@ -208,7 +209,7 @@ def _said_beside(kind: Format, arguments: dict[str, Any], path: Path | None) -> 
         raise ValueError(f"{path}: {error}") from error
     if (value_range := found.get("value_range")) is not None:
         found["value_range"] = tuple(map(float, value_range))
-    return Beside(**found)
+    return Beside(**found), {name: value for name, value in given.items() if name not in found}
 
 
 def _check_license(name: str, license: str | None) -> None:
