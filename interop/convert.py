@@ -195,8 +195,9 @@ def _check_options(
 
 
 def _said_beside(kind: Format, given: Mapping[str, Any], path: Path | None) -> tuple[Beside, Mapping[str, Any]]:
-    """Divide what `--network` says: what is beside the arguments of the class, as `convert --to monai-weights` writes
-    it, and the arguments.
+    """Divide what `--network` says into what is beside the arguments of the class, and the arguments.
+
+    `convert --to monai-weights` writes both.
 
     Raises: ValueError naming the file, and the entry that is of another kind.
     """
