@@ -1,15 +1,16 @@
-"""Convert weights that others trained, of MAISI and MONAI, into a folder of ours; and ours into what others run.
+"""Convert weights that others trained (MAISI, MONAI, Med-DDPM) into a folder of ours; and ours into what others run.
 
     medvolume convert --from maisi-rflow-ct --weights NV-Generate-CT --output weights/maisi-rflow-ct
     medvolume convert --from monai-bundle --weights brats_mri_generative_diffusion --output weights/brats
     medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
         --output weights/own
+    medvolume convert --from med-ddpm --weights model_brats.pt --output weights/med-ddpm-brats
     medvolume convert --to monai-bundle --pipeline shipped:hippocampus --output out/bundle
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
 tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
-and provenance.json with the checksums of the files. Both networks of MAISI or of a bundle are a pipeline, for
-generate.py.
+and provenance.json with the checksums of the files. Both networks of MAISI or of a bundle, and a checkpoint of
+Med-DDPM, are a pipeline, for generate.py.
 
 With --to a pipeline of ours is written for programs that do not have this package.
 """
@@ -45,7 +46,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
         "file (.pt, .pth, .ckpt, .safetensors), or folder with the files of all networks of the format, or of a bundle"
     )
     reading.add_argument("--weights", type=Path, metavar="FILE", help=weights_help)
-    network_help = "JSON file with the arguments of MONAI's class, for weights that you trained"
+    network_help = (
+        "JSON file with the arguments of MONAI's class, for weights that you trained; it may say what options do"
+    )
     reading.add_argument("--network", type=Path, metavar="FILE", help=network_help)
     range_help = "intensities between which the autoencoder's training volumes lay, for weights that you trained"
     reading.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)

@@ -86,7 +86,7 @@ COMMANDS = {
     "train-vae": Command("train_vae", "train the autoencoder"),
     "train-ldm": Command("train_ldm", "train the diffusion model on the autoencoder's latents"),
     "generate": Command("generate", "generate volumes from masks, a table, or a seed"),
-    "convert": Command("convert", "turn weights of MAISI and MONAI into a folder of ours, and back"),
+    "convert": Command("convert", "turn weights of MAISI, MONAI and Med-DDPM into a folder of ours, and back"),
     "edit": Command("edit", "generate a part of an image again, insert or remove lesions"),
     "evaluate": Command("evaluate", "measure realism, usefulness and privacy of generated volumes"),
     "reader-study": Command("reader_study", "let people tell generated volumes from real ones, and rate both"),

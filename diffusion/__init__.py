@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .images import fold_images, image_condition
     from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
+    from .med_ddpm.unet import MedDDPMUNet3D
     from .monai_unet import MonaiUNet3D
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
@@ -34,6 +35,7 @@ __all__ = [
     "LatentDataset",
     "LatentDenoiser",
     "LatentUNet3D",
+    "MedDDPMUNet3D",
     "ModelMixin",
     "MonaiUNet3D",
     "build_latent_cache",

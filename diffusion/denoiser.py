@@ -30,8 +30,9 @@ class LossSettings(TypedDict):
 
 
 class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
-    """A U-Net over latents: `LatentUNet3D`, or `MonaiUNet3D`. Called as `unet(latents, timestep, **conditions)`, where
-    `conditions` are those of its `condition_schema` (`Conditions.as_kwargs`), it predicts its `objective`.
+    """A U-Net over latents: `LatentUNet3D`, `MonaiUNet3D` or `MedDDPMUNet3D`. Called as
+    `unet(latents, timestep, **conditions)`, where `conditions` are those of its `condition_schema`
+    (`Conditions.as_kwargs`), it predicts its `objective`.
 
     Its config has at least in_channels, out_channels, channels, objective, train_steps, shift_voxels and subjects.
     """
@@ -42,6 +43,7 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
     stride: int = 1  # sides of the latents are multiples of it
     shift_power: float = 0.5  # of the number of latent voxels, in the shift of timesteps
     mask_stride: tuple[int, int, int]  # of a model with masks
+    bound: float | None = None  # largest absolute value of a clean latent, to which samplers clip; None if unknown
 
     @classmethod
     @abstractmethod
@@ -96,10 +98,13 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
 
     def fitted(self, scheduler: Scheduler, shift: float = 1.0) -> Scheduler:
         """Return a scheduler like the given one that fits this model, see `fit_scheduler`."""
-        return fit_scheduler(scheduler, self.config["objective"], self.train_steps, shift=shift, betas=self.betas)
+        return fit_scheduler(
+            scheduler, self.config["objective"], self.train_steps, shift=shift, betas=self.betas, bound=self.bound
+        )
 
     def new_scheduler(self, name: str | None = None, bound: float | None = None) -> Scheduler:
-        """Build a scheduler for this model, see `make_scheduler`."""
+        """Build a scheduler for this model, see `make_scheduler`. The model's own `bound` comes first."""
+        bound = bound if self.bound is None else self.bound
         return make_scheduler(self.config["objective"], self.train_steps, name=name, bound=bound, betas=self.betas)
 
     def embed_mask(self, ids: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def make_scheduler(
         clipping = {}
     if kind is type(default) and not clipping:
         return default
-    return fit_scheduler(kind.from_config(default.config, **clipping), objective, train_steps, betas=betas)
+    return fit_scheduler(kind.from_config(default.config, **clipping), objective, train_steps, betas=betas, bound=bound)
 
 
 def fit_scheduler(
@@ -160,6 +160,7 @@ def fit_scheduler(
     *,
     shift: float = 1.0,
     betas: Betas | None = None,
+    bound: float | None = None,
 ) -> Scheduler:
     """Return a new scheduler, never the same object, that fits the model's objective: a copy if the given one fits, a
     converted copy if it can be converted; otherwise it is refused. So a call's steps and history stay out of the
@@ -171,7 +172,7 @@ def fit_scheduler(
     `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are accepted: tests/diffusion/test_denoise.py shows that each recovers
     x0 from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default diverges,
     inverse schedulers run the other way). Clipping to [-1, 1] is switched off, as latents exceed it; clipping to a
-    wider range, which `make_scheduler` sets from `bound`, stays.
+    wider range, or to `bound`, stays.
 
     Every other option takes effect, is refused (`scheduler_options.check_options`), or is named in a warning. The shift
     of a flow has two names and is carried over: UniPC built from the config of a shifted Euler has Euler's shift.
@@ -182,6 +183,7 @@ def fit_scheduler(
             which is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than
             1, or spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
         betas: the noise schedule that a model of v or eps was trained with, where it is not the cosine schedule.
+        bound: largest absolute value of a clean latent, where that is known.
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
     Warns: of options that were set explicitly and have no effect, and of a `shift` that has none.
     """
@@ -204,7 +206,7 @@ def fit_scheduler(
         )
     defaults, by_hand = parameters(type(scheduler)), chosen(scheduler)
     check_values(type(scheduler), {key: config[key] for key in defaults})
-    wanted = _wanted(scheduler, objective, train_steps, by_hand, betas)
+    wanted = _wanted(scheduler, objective, train_steps, by_hand, betas, bound)
     shifting = {} if shift == 1 else _shift(name, config | wanted, shift)
     wanted |= shifting
     options = {key: config[key] for key in defaults} | wanted
@@ -233,7 +235,12 @@ def fit_scheduler(
 
 
 def _wanted(
-    scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str], betas: Betas | None
+    scheduler: Scheduler,
+    objective: str,
+    train_steps: int,
+    by_hand: set[str],
+    betas: Betas | None,
+    bound: float | None,
 ) -> dict[str, object]:
     """Return the options that the model decides, as far as the scheduler's class has them."""
     name, config = type(scheduler).__name__, scheduler.config
@@ -249,7 +256,8 @@ def _wanted(
         wanted = {key: trained[key] for key in (*TRAINED_WITH, *(betas or ()))} | {"use_flow_sigmas": False}
         if objective == V_PREDICTION and "timestep_spacing" in by_hand:
             del wanted["timestep_spacing"]
-    clips = bool(config.get("clip_sample")) and config["clip_sample_range"] > 1  # latents of unit variance exceed 1
+    widest = config["clip_sample_range"] if config.get("clip_sample") else 0.0
+    clips = widest > 1 or widest == bound  # latents of unit variance exceed 1; voxels do not
     if objective == FLOW_MAP:
         wanted |= {"stochastic_sampling": False}  # it takes the prediction for the velocity at one time
     wanted |= {"trained_betas": None, "clip_sample": clips, "thresholding": False}

@@ -13,19 +13,18 @@ import torch
 
 from autoencoder.model import VolumeModel, check_finite
 from autoencoder.weights import open_safetensors, stored_shapes
+from cli.settings import FiniteFloat, PositiveFloat, faults, refuse
 from files.atomic import atomic_parts
 from files.documents import FileError, read_object
 from files.paths import open_regular, printable
 from pipelines.storage.provenance import software
 
 from .bundle_reader import BundleOptions, read_bundle
-from .formats import FORMATS, Format, Part
+from .formats import FORMATS, STATES, Format, Part
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile
 
 PROVENANCE = "provenance.json"
-# Where files keep their weights, beside other entries; or they hold nothing else.
-STATES = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model_state_dict", "model")
 SCALE = "scale_factor"
 MOST_NAMED = 4
 
@@ -55,6 +54,19 @@ class Source:
             with open_safetensors(self.path) as file:
                 values = {name: file.get_tensor(name) for name in names}
         return {names[name]: value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the file of `--network` may say beside the arguments of MONAI's class.
+
+    Attributes:
+        value_range, scale_factor, license: as in `convert`.
+    """
+
+    value_range: tuple[FiniteFloat, FiniteFloat] | None = None
+    scale_factor: PositiveFloat | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,13 +102,14 @@ def convert(
 ) -> list[Converted]:
     """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
 
-    Where a format's autoencoder and U-Net are both there, the folder is a pipeline.
+    Where all networks of a format are there, the folder is a pipeline.
 
     Args:
         format_name: a name in `FORMATS`.
         weights: a file (.pt, .pth, .ckpt or .safetensors), or a folder with the files of all the format's networks.
         output: the folder, which appears when everything is checked and written.
-        network: JSON file with the arguments of MONAI's class, for formats that do not fix them.
+        network: JSON file with the arguments of MONAI's class, for formats that do not fix them. It may also hold
+            `value_range`, `scale_factor` and `license`, which count where they are not given here.
         value_range: intensities that the autoencoder took for black and white, for formats that do not fix them.
         scale_factor: what the diffusion model's training multiplied latents by; of the file if it has one.
         license: of the weights, for formats that do not fix it; generated volumes will name it.
@@ -107,10 +120,20 @@ def convert(
     kind = FORMATS[format_name]
     bundle = bundle or BundleOptions()
     _check_options(format_name, kind, network, license, bundle)
+    if kind.identify is not None and not (value_range is None and scale_factor is None):
+        raise ValueError(f"{format_name}: it has no autoencoder; omit --value_range and --scale_factor")
     if kind.is_bundle:
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
-    arguments = None if network is None else read_object(network)
+    arguments = None
+    if network is not None:
+        known, arguments = _said_beside(kind, read_object(network), network)
+        value_range, license = value_range or known.value_range, license or known.license
+        scale_factor = known.scale_factor if scale_factor is None else scale_factor
     sources = _sources(format_name, kind, weights)
+    if kind.identify is not None:
+        [(_, source)] = sources
+        kind = kind.identify(kind, source)
+        sources = [(part, source) for part in kind.parts]
     found = _one_scale([source for _, source in sources], scale_factor)
     scale_factor = kind.scale_factor if found is None else found
     restricted = license or kind.restricted
@@ -126,12 +149,12 @@ def convert(
     if output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output}: holds files already; give a new folder")
     whole = kind.variant is not None and len(parts) == len(kind.parts)
-    if whole and scale_factor is None:
+    if whole and scale_factor is None and any(part.peer.folder == "vae" for part in parts):
         raise FileError(f"{weights}: no file has a scale_factor, which a pipeline needs; give it with --scale_factor")
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            _save_pipeline(kind, models["vae"], models["unet"], unfinished, kind.config or weights)
+            _save_pipeline(kind, models.get("vae"), models["unet"], unfinished, kind.config or weights)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
@@ -142,7 +165,7 @@ def convert(
 
 
 def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) -> None:
-    """Write both networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+    """Write the networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
     assert kind.variant is not None
     try:
         kind.variant.pipeline(vae, unet).save_pretrained(folder)
@@ -166,10 +189,33 @@ def _check_options(
         )
     if not given and network is not None:
         raise ValueError(f"{format_name}: the network of this format is known; omit --network")
-    if license is not None and not (license.strip() and license.isprintable()):
-        raise ValueError(f"--license {license!r:.80}: give its name on one line, such as CC-BY-4.0")
+    _check_license("--license", license)
     if license is not None and kind.license is not None:
         raise ValueError(f"{format_name}: the license is {kind.license}; omit --license")
+
+
+def _said_beside(kind: Format, given: Mapping[str, Any], path: Path | None) -> tuple[Beside, Mapping[str, Any]]:
+    """Divide what `--network` says into what is beside the arguments of the class, and the arguments.
+
+    `convert --to monai-weights` writes both.
+
+    Raises: ValueError naming the file, and the entry that is of another kind.
+    """
+    names = list(Beside.__annotations__) if PEERS[kind.parts[0].peers[0]].folder == "vae" else ["license"]
+    found = {name: given[name] for name in names if name in given}
+    try:
+        refuse(faults(Beside, found))
+        _check_license("license", found.get("license"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if (value_range := found.get("value_range")) is not None:
+        found["value_range"] = tuple(map(float, value_range))
+    return Beside(**found), {name: value for name, value in given.items() if name not in found}
+
+
+def _check_license(name: str, license: str | None) -> None:
+    if license is not None and not (license.strip() and license.isprintable()):
+        raise ValueError(f"{name} {license!r:.80}: give its name on one line, such as CC-BY-4.0")
 
 
 def _config(part: Part, given: Mapping[str, Any] | None, path: Path | None) -> tuple[str, Peer, dict[str, object]]:
@@ -224,7 +270,7 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
     Raises: FileError for a missing file, and for one that belongs to no part.
     """
     if not weights.is_dir():
-        source = read_source(weights)
+        source = read_source(weights, kind.states)
         for part in kind.parts:
             marker = PEERS[part.peers[0]].marker
             if any(name.startswith((marker, f"module.{marker}")) for name in source.state):
@@ -240,12 +286,15 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise FileError(f"{weights}: has no {' or '.join(part.files)}, there or in models/; or give one file")
-        found.append((part, read_source(path)))
+        found.append((part, read_source(path, kind.states)))
     return found
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, states: Sequence[str] = STATES) -> Source:
     """Read what a file of weights holds, without its values.
+
+    Args:
+        states: entries that may hold the weights, beside others.
 
     Raises: FileError for a damaged file, for one with anything else than tensors and plain values, and where no or
         several entries are weights.
@@ -262,10 +311,10 @@ def read_source(path: Path) -> Source:
     if content and all(isinstance(value, StoredTensor) for value in content.values()):
         state, beside = content, ()
     else:
-        held = [name for name in STATES if isinstance(content.get(name), dict)]
+        held = [name for name in states if isinstance(content.get(name), dict)]
         if len(held) != 1:
             raise FileError(
-                f"{path}: its weights are expected under one of {', '.join(STATES)}; it has "
+                f"{path}: its weights are expected under one of {', '.join(states)}; it has "
                 f"{_shorten([str(name) for name in content])}"
             )
         state, beside = content[held[0]], tuple(str(name) for name in content if name not in (held[0], SCALE))
@@ -369,8 +418,10 @@ def model_card(record: Mapping[str, Any]) -> str:
     lines += ["## License and source", "", f"License of the weights: {license}."]
     if kind.restricted:
         lines += ["Every volume that is generated with them repeats this in its sidecar."]
-    lines += [f"Source: {record['source'] or 'a file on this machine'}.", "", "## Files", ""]
-    lines += ["| folder | class of MONAI | file | sha256 | parameters |", "|---|---|---|---|---|"]
+    lines += [f"Source: {record['source'] or 'a file on this machine'}."]
+    lines += [line for note in kind.notes for line in ("", note)]
+    lines += ["", "## Files", ""]
+    lines += ["| folder | class of its owner | file | sha256 | parameters |", "|---|---|---|---|---|"]
     for folder, one in record["networks"].items():
         name = printable(one["file"]).replace("|", "\\|")
         lines.append(f"| {folder}/ | {one['class']} | {name} | {one['sha256']} | {one['parameters']:,} |")

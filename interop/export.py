@@ -3,26 +3,28 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentDenoiser, MonaiUNet3D
+from diffusion import LatentDenoiser
 from files.atomic import atomic_folder
-from files.documents import FileError
+from files.documents import FileError, read_object
+from files.paths import printable
 from files.shipped import expand_path
 from pipelines import MedVolumePipeline
 from pipelines.storage.documents import document_files
 from pipelines.storage.loading import load_autoencoder, load_unet
 from pipelines.storage.provenance import software
+from volumes.description import DataDescription
 
 from .bundle_writer import write_bundle
-from .networks import arguments_of, monai_state, peer_name
-from .programs import export_decoder, export_denoiser, export_encoder, smallest_side
+from .networks import CONDITIONS, TRAINED, arguments_of, monai_state, peer_name
+from .programs import ONE_AT_A_TIME, export_decoder, export_denoiser, export_encoder, smallest_side
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 CARD = "weights.md"  # the pipeline's own README.md, which says how it was trained and whose data it saw
@@ -65,10 +67,15 @@ OF_UNET = """\
 
 @dataclass(frozen=True)
 class Networks:
-    """What a folder has: autoencoder, U-Net, or both."""
+    """What a folder has: autoencoder, U-Net, or both.
+
+    Attributes:
+        labels: value in the masks' files, and name; none where there is no description of the data.
+    """
 
     vae: VolumeAutoencoder[Any] | None
     unet: LatentDenoiser | None
+    labels: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "Networks":
@@ -78,7 +85,9 @@ class Networks:
             raise FileError(
                 f"{folder}: has neither vae/config.json nor unet/config.json; give the folder of a pipeline"
             )
-        return cls(load_autoencoder(folder) if has["vae"] else None, load_unet(folder) if has["unet"] else None)
+        index = folder / "model_index.json"
+        labels = DataDescription.from_json(read_object(index).get("data")).labels if index.is_file() else {}
+        return cls(load_autoencoder(folder) if has["vae"] else None, load_unet(folder) if has["unet"] else None, labels)
 
     def license(self, given: str | None, folder: Path) -> str:
         """Return the license of the weights: that of a config, or the one that was given, or where to look for it.
@@ -138,8 +147,10 @@ def write_programs(networks: Networks, folder: Path) -> str:
     if (unet := networks.unet) is not None:
         torch.export.save(export_denoiser(unet), folder / "unet.pt2")
         values = {"conditions": _conditions(unet), "objective": unet.config["objective"], "side": smallest_side(unet)}
-        values["batch"] = 1 if isinstance(unet, MonaiUNet3D) else "B"
+        values["batch"] = 1 if isinstance(unet, ONE_AT_A_TIME) else "B"
         lines.append(OF_UNET.format(**values, channels=unet.config["in_channels"]))
+        if unet.condition_schema.mask and networks.labels:
+            lines += ["", *_label_table(networks.labels)]
     return LOAD.format(programs="\n".join(lines))
 
 
@@ -159,11 +170,12 @@ def write_weights(networks: Networks, folder: Path) -> str:
     """Write the weights of MONAI's classes, under MONAI's names, and their arguments. Returns: how to use them.
 
     Files are laid out as MAISI's scripts write them: vae.pt is a bare state dict, unet.pt has it as unet_state_dict,
-    beside scale_factor and num_train_timesteps.
+    beside scale_factor and num_train_timesteps. vae.json and unet.json are for MONAI's ConfigParser;
+    vae.network.json and unet.network.json say what MONAI's classes do not know, too, for our `--network`.
 
     Raises: ValueError for a network that is not MONAI's.
     """
-    lines = ["| file | class of MONAI | arguments |", "|---|---|---|"]
+    lines = ["| file | class of MONAI | arguments | to convert it back: --network |", "|---|---|---|---|"]
     for part, model in {"vae": networks.vae, "unet": networks.unet}.items():
         if model is None:
             continue
@@ -171,12 +183,23 @@ def write_weights(networks: Networks, folder: Path) -> str:
         content: dict[str, object] = dict(monai_state(name, model))
         if isinstance(model, LatentDenoiser):
             content = {"unet_state_dict": content, "num_train_timesteps": model.train_steps}
-            content |= {} if networks.vae is None else {"scale_factor": _scale_factor(networks.vae)}
+            content |= {} if networks.vae is None else {"scale_factor": torch.tensor(_scale_factor(networks.vae))}
         torch.save(content, folder / f"{part}.pt")
         arguments = arguments_of(name, model.config)
-        (folder / f"{part}.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-        lines.append(f"| {part}.pt | {arguments['_target_']} | {part}.json |")
+        told = {f"{part}.json": arguments, f"{part}.network.json": arguments | _beside(model)}
+        for file, content in told.items():
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        lines.append(f"| {part}.pt | {arguments['_target_']} | {' | '.join(told)} |")
     return "\n".join(lines)
+
+
+def _beside(model: VolumeAutoencoder[Any] | LatentDenoiser) -> dict[str, object]:
+    """Return what a model's config says beside the arguments of MONAI's class, as `--network` reads it."""
+    names = ["license", *(["value_range"] if isinstance(model, VolumeAutoencoder) else (*TRAINED, *CONDITIONS))]
+    found = {name: value for name in names if (value := model.config.get(name)) is not None}
+    if isinstance(model, VolumeAutoencoder):
+        found |= {"scale_factor": _scale_factor(model)} if _is_one_factor(model) else {}
+    return found
 
 
 WRITERS = {"torch-export": write_programs, "onnx": write_onnx, "monai-weights": write_weights}
@@ -188,15 +211,18 @@ def _sizes(vae: VolumeAutoencoder[Any]) -> dict[str, object]:
     return {"latents": config["latent_channels"], "channels": config["out_channels"], "stride": stride}
 
 
-def _scale_factor(vae: VolumeAutoencoder[Any]) -> torch.Tensor:
+def _scale_factor(vae: VolumeAutoencoder[Any]) -> float:
     """Return what MONAI multiplies latents by. Raises: ValueError for statistics that no single factor expresses."""
-    mean, std = vae.config["latents_mean"], vae.config["latents_std"]
-    if any(mean) or len(set(std)) > 1:
+    if not _is_one_factor(vae):
         raise ValueError(
             "vae: its latent statistics are not one factor for all channels, which is all that MONAI has; --to "
             "torch-export writes these networks"
         )
-    return torch.tensor(1 / std[0])
+    return 1 / vae.config["latents_std"][0]
+
+
+def _is_one_factor(vae: VolumeAutoencoder[Any]) -> bool:
+    return not any(vae.config["latents_mean"]) and len(set(vae.config["latents_std"])) == 1
 
 
 def _conditions(unet: LatentDenoiser) -> str:
@@ -210,6 +236,15 @@ def _conditions(unet: LatentDenoiser) -> str:
         "next_timestep=(B,)": unet.takes_next_timestep,
     }
     return "".join(f", {text}" for text, given in found.items() if given)
+
+
+def _label_table(labels: Mapping[int, str]) -> list[str]:
+    """Return a table of label indices: the ranks of the values in the masks' files."""
+    lines = ["| label index | value in the masks' files | name |", "|---|---|---|"]
+    for index, value in enumerate(sorted(labels)):
+        name = printable(labels[value]).replace("|", "\\|")
+        lines.append(f"| {index} | {value} | {name} |")
+    return lines
 
 
 def _readme(name: str, text: str, license: str, notes: Sequence[str]) -> str:

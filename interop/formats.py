@@ -6,19 +6,21 @@ Facts of MAISI are from NVIDIA's public configs and scripts (NV-Generate-CTMR, A
 not be had where this was written; their layout is that of the scripts that wrote them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from . import maisi
+from . import maisi, med_ddpm
 from .maisi import Variant
 
 if TYPE_CHECKING:
-    from autoencoder import MonaiAutoencoderKL
-    from diffusion import MonaiUNet3D
     from pipelines import MedVolumePipeline
 
+    from .convert import Source
+
+# Where files keep their weights, beside other entries; or they hold nothing else.
+STATES = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model_state_dict", "model")
 OUT_PROJ = r".+\.(?:attentions\.\d+|attention)\.attn\.out_proj\.(?:weight|bias)"
 
 
@@ -27,7 +29,7 @@ class Part:
     """One network of a format.
 
     Attributes:
-        peers: classes of MONAI that it may be; the first unless the arguments name one (`_target_`).
+        peers: classes of its owner that it may be; the first unless the arguments name one (`_target_`).
         arguments: of the class; None where the user gives them (`--network`).
         files: its file's names in a folder, newest first.
         dropped: a pattern of tensors that its files hold and its class never used.
@@ -42,10 +44,10 @@ class Part:
 
 
 class Assembly(Protocol):
-    """What turns both networks of a format into a pipeline."""
+    """What turns the networks of a format into a pipeline."""
 
-    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
-        """Put the networks together. Raises: ValueError if they do not fit."""
+    def pipeline(self, vae: Any, unet: Any) -> "MedVolumePipeline":
+        """Put the networks together, the first of which may be None. Raises: ValueError if they do not fit."""
         ...
 
 
@@ -64,6 +66,9 @@ class Format:
         is_bundle: whether the bundle's own configs name arguments, files and sampling (`interop.bundle_reader`).
         config: the file that the arguments were read from.
         scale_factor: what latents are multiplied by where neither a file nor the user says; None if one must.
+        identify: for a format of several networks, returns the one that a file is of.
+        states: entries of a file that may hold the weights.
+        notes: paragraphs of the model card, on what the owner says of the license, and on the use.
     """
 
     help: str
@@ -76,6 +81,9 @@ class Format:
     is_bundle: bool = False
     config: Path | None = None
     scale_factor: float | None = None
+    identify: "Callable[[Format, Source], Format] | None" = None
+    states: Sequence[str] = STATES
+    notes: Sequence[str] = ()
 
 
 _MAISI_VAE: Mapping[str, object] = {
@@ -182,6 +190,14 @@ FORMATS: dict[str, Format] = {
         maisi.RFLOW_MR_BRAIN,
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-MR-Brain",
+    ),
+    "med-ddpm": Format(
+        "Med-DDPM, of whole heads or of BraTS: its checkpoint (a file)",
+        [Part([med_ddpm.PEER], {}, dropped=med_ddpm.SCHEDULE)],
+        source="https://github.com/mobaidoctor/med-ddpm",
+        identify=med_ddpm.identify,
+        states=[med_ddpm.EMA],
+        notes=med_ddpm.NOTES,
     ),
 }
 TARGETS = {

@@ -1,4 +1,4 @@
-"""MONAI's classes in terms of ours: arguments, defaults, and the names of their tensors."""
+"""Others' classes, most of them MONAI's, in terms of ours: arguments, defaults, and the names of their tensors."""
 
 import importlib
 import re
@@ -11,7 +11,10 @@ import torch
 from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
 from autoencoder.monai.vq import MonaiVQVAE
+from diffusion.med_ddpm.unet import MedDDPMUNet3D
 from diffusion.monai_unet import MonaiUNet3D
+
+from . import med_ddpm
 
 Renames = Sequence[tuple[str, str]]
 
@@ -23,6 +26,8 @@ WITHOUT_EFFECT = frozenset(
 FIXED: Mapping[str, Sequence[object]] = {"spatial_dims": (3,), "use_combined_linear": (False,)}
 # Of a U-Net's training: entries of `MonaiUNet3D`'s config.
 TRAINED = ("objective", "train_steps", "beta_schedule", "beta_start", "beta_end", "shift_voxels")
+# And of its conditions.
+CONDITIONS = ("classes", "class_labels", "condition_dropout", "context_numbers", "numbers_as_channels")
 # In weights of MONAI Generative, before MONAI 1.4, these had other names.
 OLD_AUTOENCODER: Renames = (
     (r"((?:en|de)coder\.blocks\.\d+)\.(to_[qkv])\.(weight|bias)", r"\1.attn.\2.\3"),
@@ -49,7 +54,7 @@ UNET: Renames = (
 
 @dataclass(frozen=True)
 class Peer:
-    """A class of MONAI.
+    """A class of MONAI, or of another owner.
 
     Attributes:
         model: our class that computes the same.
@@ -58,7 +63,7 @@ class Peer:
         defaults: what MONAI takes for arguments that are not given, by our names.
         renames: patterns of the names of its tensors, and ours; the first that fits counts, others keep their names.
         marker: the beginning of names that tells its weights from those of other classes.
-        path: where MONAI has it.
+        path: where its owner has it.
         ignored: arguments that change training alone, and no weight's name, as `WITHOUT_EFFECT`.
         fixed: arguments that must have one of these values, the first by default.
         added: values of tensors that our class has beside MONAI's.
@@ -185,6 +190,16 @@ PEERS = {
         "down_blocks.",
         f"{_MAISI_NETWORKS}.diffusion_model_unet_maisi",
     ),
+    med_ddpm.PEER: Peer(
+        MedDDPMUNet3D,
+        "unet",
+        {name: name for name in med_ddpm.WHOLE_HEAD.arguments},
+        {},
+        med_ddpm.RENAMES,
+        "denoise_fn.",
+        "https://github.com/mobaidoctor/med-ddpm",
+        fixed={},
+    ),
 }
 
 
@@ -203,7 +218,7 @@ def peer_of(arguments: Mapping[str, Any], among: Sequence[str]) -> str:
 def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     """Return the config of our class for the arguments that MONAI's class had.
 
-    Those of a U-Net may say beside them how it was trained (`TRAINED`).
+    Those of a U-Net may say beside them how it was trained (`TRAINED`), and its conditions (`CONDITIONS`).
 
     Raises: ValueError for an argument that it does not have, for one that would make another network than ours, and for
         expressions, which are never evaluated.
@@ -212,7 +227,8 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     for name, values in peer.fixed.items():
         if given.pop(name, values[0]) not in values:
             raise ValueError(f"{name} is {arguments[name]!r:.80}; only {values[0]!r} can be converted")
-    trained = {name: given.pop(name) for name in TRAINED if name in given and peer.folder == "unet"}
+    beside = (*TRAINED, *CONDITIONS) if peer.folder == "unet" else ()
+    trained = {name: given.pop(name) for name in beside if name in given}
     if trained.get("objective") in ("epsilon", "v_prediction") and "beta_schedule" not in trained:
         raise ValueError(
             f"objective {trained['objective']}: give beta_schedule, beta_start and beta_end of its training"
@@ -237,7 +253,6 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
     if str(arguments.get("_target_")).startswith(GENERATIVE) and "include_fc" in peer.arguments:
         defaults["attention_output"] = given.get("cross_attention_dim") is not None  # never after self-attention
     config: dict[str, object] = {
-        **trained,
         **defaults,
         **{peer.arguments[name]: value for name, value in given.items()},
     }
@@ -255,7 +270,10 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         one = isinstance(value := config.get(name), int) or (name in LEVELS and _are_numbers(value))
         if one and isinstance(levels := config.get("channels"), list | tuple):
             config[name] = [value] * len(levels)
-    return config
+    numbers, inputs = trained.get("context_numbers"), config.get("in_channels")
+    if trained.get("numbers_as_channels") and isinstance(numbers, list) and isinstance(inputs, int):
+        config["in_channels"] = inputs - len(numbers)  # MONAI's class counts them as channels of the latents
+    return {**config, **trained}
 
 
 def _are_numbers(value: object) -> bool:

@@ -1,7 +1,7 @@
 """Networks as programs that torch runs without any of our code (torch.export). Axes: (B, C, X, Y, Z).
 
-A program takes any size of the grid, and any batch, but that of MONAI's U-Net takes one volume at a time: it is traced
-with symbolic sizes, once.
+A program takes any size of the grid, and any batch, but those of `ONE_AT_A_TIME` take one volume: it is traced with
+symbolic sizes, once.
 """
 
 import copy
@@ -15,11 +15,12 @@ from torch.export import Dim, ExportedProgram
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import Stride, as_stride
-from diffusion import LatentDenoiser, MonaiUNet3D
+from diffusion import LatentDenoiser, MedDDPMUNet3D, MonaiUNet3D
 from diffusion.folding import fold_mask
 
 TRACED = (6, 5, 8)  # sides of the latents in the example that is traced, less the smallest; odd and even ones
 POINT: Stride = (1, 1, 1)
+ONE_AT_A_TIME = (MonaiUNet3D, MedDDPMUNet3D)  # torch fixes their batch when they are traced
 DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # of torch.export: sides need not be proven to fit
 
 
@@ -102,7 +103,7 @@ def export_denoiser(unet: LatentDenoiser) -> ExportedProgram:
 
     Raises: as `export_decoder`.
     """
-    schema, grid = unet.condition_schema, _Grid(smallest_side(unet), batch=1 if isinstance(unet, MonaiUNet3D) else 2)
+    schema, grid = unet.condition_schema, _Grid(smallest_side(unet), batch=1 if isinstance(unet, ONE_AT_A_TIME) else 2)
     batch, latents = grid.batches, grid.example()
     given = {
         "sample": torch.zeros(grid.batch, unet.config["in_channels"], *latents),

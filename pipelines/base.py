@@ -11,7 +11,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, MonaiAutoencoderKL, MonaiVQVAE, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
-from diffusion import Conditions, LatentDenoiser, LatentUNet3D, MonaiUNet3D, check_guidance, denoise
+from diffusion import (
+    Conditions,
+    LatentDenoiser,
+    LatentUNet3D,
+    MedDDPMUNet3D,
+    MonaiUNet3D,
+    check_guidance,
+    denoise,
+)
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance
 from diffusion.distillation import check_guidance_of_student
@@ -80,10 +88,10 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self,
         # by name: `DiffusionPipeline.from_pipe` compares exact types
         vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D | MonaiAutoencoderKL | MonaiVQVAE,
-        unet: LatentUNet3D | MonaiUNet3D,
+        unet: LatentUNet3D | MonaiUNet3D | MedDDPMUNet3D,
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,
-        unet_weak: LatentUNet3D | MonaiUNet3D | None = None,
+        unet_weak: LatentUNet3D | MonaiUNet3D | MedDDPMUNet3D | None = None,
     ):
         super().__init__()
         check_components({"vae": vae, "unet": unet, "scheduler": scheduler, "unet_weak": unet_weak})

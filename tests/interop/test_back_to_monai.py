@@ -15,6 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets.autoencoderkl import AutoencoderKL
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+from safetensors.torch import load_file
 from tiny import mask_image, tiny_pipeline
 
 from autoencoder import MonaiAutoencoderKL
@@ -24,7 +25,7 @@ from diffusion import MonaiUNet3D, make_scheduler
 from interop.bundle_sampler import MaskToVolume, load_program
 from interop.bundle_writer import INFERENCE, _left_out, _metadata, _sampling, write_bundle
 from interop.convert import convert
-from interop.export import export
+from interop.export import Networks, _label_table, export
 from interop.networks import monai_state
 from interop.programs import DEFERRED, Decoder, Denoiser, export_decoder, export_denoiser
 from pipelines import SamplingSettings
@@ -34,6 +35,7 @@ of_any_size = pytest.mark.skipif(
     DEFERRED not in inspect.signature(torch.export.export).parameters, reason="this torch exports one size only"
 )
 TOLERANCE = 1e-5  # of the range
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 OURS = "autoencoder cli diffusion files interop medvolume pipelines training volumes".split()
 TWO = [{"kind": "window", "low": -100.0, "high": 300.0}] * 2  # scales of two channels
 PROGRAMS = """
@@ -142,7 +144,8 @@ def test_programs_run_with_torch_alone(tmp_path):
         assert_equal(made["unet"], Denoiser(pipe.unet)(**given["unet"]))
         assert_equal(made["decoder"], pipe.vae.decode(noisy[:1]).sample)
         assert_equal(made["encoder"][0], pipe.vae.encode(given["encoder"]["volume"]).latent_dist.mean)
-    assert "mask=label indices" in (tmp_path / "out/README.md").read_text()
+    text = (tmp_path / "out/README.md").read_text()
+    assert "mask=label indices" in text and "| 2 | 5 | " in text
 
 
 @of_any_size
@@ -291,6 +294,75 @@ def test_weights_of_maisi_go_back_bit_for_bit(name, tmp_path, monkeypatch):
     assert content["scale_factor"].item() == 1.25 and content["num_train_timesteps"] == 1000
     license = (tmp_path / "back/README.md").read_text().partition("License of the weights: ")[2]
     assert license.startswith("non-commercial research only" if name == "maisi-rflow-mr" else "see weights.md")
+
+
+@pytest.mark.parametrize("name", ["maisi-rflow-mr", "maisi-ddpm-ct"])
+def test_what_monai_does_not_know_comes_back_too(name, tmp_path, monkeypatch):
+    """Value range, scale factor, objective, betas, classes and license, from the JSON beside the weights alone."""
+    peers.narrow(monkeypatch, name)
+    peers.write_maisi(tmp_path / "hub", name)
+    convert(name, tmp_path / "hub", tmp_path / "ours")
+    export("monai-weights", tmp_path / "ours", tmp_path / "back")
+    for part, kind in {"vae": "monai-autoencoderkl", "unet": "monai-diffusion-unet"}.items():
+        told = tmp_path / f"back/{part}.network.json"
+        convert(kind, tmp_path / f"back/{part}.pt", tmp_path / part, network=told)
+        first, again = (
+            json.loads((tmp_path / f"{folder}/{part}/config.json").read_text()) for folder in ("ours", part)
+        )
+        assert again == first
+        states = [load_file(tmp_path / f"{folder}/{part}/{WEIGHTS}") for folder in ("ours", part)]
+        assert_same_state(*states)
+    assert first["objective"] == ("epsilon" if name == "maisi-ddpm-ct" else "rectified_flow")
+    record = json.loads((tmp_path / "vae/provenance.json").read_text())
+    assert record["scale_factor"] == 1.25 and (record["license"] is None) == (name == "maisi-ddpm-ct")
+
+
+def test_numbers_as_channels_come_back(tmp_path):
+    """MONAI's class counts them as channels of its input, ours does not."""
+    config = {"in_channels": 3, "out_channels": 3, "channels": [8, 16], "num_res_blocks": [1, 1]}
+    config |= {"attention_levels": [False, True], "num_head_channels": [0, 8], "norm_num_groups": 4}
+    config |= {"cross_attention_dim": 2, "context_numbers": ["age", "volume"], "numbers_as_channels": True}
+    config |= {"objective": "epsilon", "beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0205}
+    unet = peers.random_weights(MonaiUNet3D(**config))
+    unet.save_pretrained(tmp_path / "ours/unet")
+    export("monai-weights", tmp_path / "ours", tmp_path / "back")
+    back = tmp_path / "back"
+    convert("monai-diffusion-unet", back / "unet.pt", tmp_path / "again", network=back / "unet.network.json")
+    assert_same_state(MonaiUNet3D.from_pretrained(tmp_path / "again/unet").state_dict(), unet.state_dict())
+    configs = [json.loads((tmp_path / f"{name}/unet/config.json").read_text()) for name in ("ours", "again")]
+    assert configs[0]["in_channels"] == 3 and configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"value_range": ["a", 1]}, "value_range"),
+        ({"value_range": [1.0, 0.0]}, "value_range"),
+        ({"scale_factor": "1.25"}, "scale_factor"),
+        ({"scale_factor": -1.0}, "scale_factor"),
+        ({"license": "MIT\n# a heading"}, "license .*on one line"),
+        ({"train_steps": 1000}, "train_steps: not an argument"),
+    ],
+)
+def test_what_network_says_is_checked(said, message, tmp_path):
+    arguments = {"channels": [8], "num_res_blocks": 1, "attention_levels": [False], "norm_num_groups": 4}
+    torch.save(
+        AutoencoderKL(**arguments, spatial_dims=3, in_channels=1, out_channels=1).state_dict(), tmp_path / "a.pt"
+    )
+    arguments |= {"in_channels": 1, "out_channels": 1, "value_range": [0.0, 1.0]}
+    (tmp_path / "a.json").write_text(json.dumps(arguments | said))
+    with pytest.raises(ValueError, match=message) as caught:
+        convert("monai-autoencoderkl", tmp_path / "a.pt", tmp_path / "out", network=tmp_path / "a.json")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_programs_say_which_value_a_label_index_is(tmp_path):
+    pipe = guided_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    labels = Networks.load(tmp_path / "pipeline").labels
+    assert labels == pipe.data.labels and len(labels) == 3
+    table = _label_table({5: "a | b", 0: "background"})
+    assert table[2:] == ["| 0 | 0 | background |", "| 1 | 5 | a \\| b |"]
 
 
 def assert_same_state(found, expected) -> None:
