@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .images import fold_images, image_condition
     from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
+    from .monai_controlnet import MonaiControlNet3D
     from .monai_unet import MonaiUNet3D
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
@@ -35,6 +36,7 @@ __all__ = [
     "LatentDenoiser",
     "LatentUNet3D",
     "ModelMixin",
+    "MonaiControlNet3D",
     "MonaiUNet3D",
     "build_latent_cache",
     "check_guidance",

@@ -25,7 +25,10 @@ from .pickles import StoredTensor, TorchFile
 
 PROVENANCE = "provenance.json"
 # Where files keep their weights, beside other entries; or they hold nothing else.
-STATES = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model_state_dict", "model")
+STATES = (
+    *("unet_state_dict", "autoencoder_state_dict", "controlnet_state_dict"),
+    *("state_dict", "model_state_dict", "model"),
+)
 SCALE = "scale_factor"
 MOST_NAMED = 4
 
@@ -88,7 +91,8 @@ def convert(
     license: str | None = None,
     bundle: BundleOptions | None = None,
 ) -> list[Converted]:
-    """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
+    """Convert weights, and write OUTPUT/vae, OUTPUT/unet, OUTPUT/controlnet, README.md and provenance.json, of what is
+    there. Nothing of the files is run.
 
     Where a format's autoencoder and U-Net are both there, the folder is a pipeline.
 
@@ -121,17 +125,18 @@ def convert(
             config["value_range"] = _value_range(format_name, kind, value_range)
             config.update(_statistics(config, scale_factor))
         elif value_range is not None and len(sources) == 1:
-            raise ValueError("value_range: this is a U-Net, which sees latents; give it with the autoencoder")
+            raise ValueError("value_range: this network sees latents; give it with the autoencoder")
         parts.append(_fit(name, peer, source, config | {"license": restricted} | dict(part.settings), part.dropped))
     if output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output}: holds files already; give a new folder")
-    whole = kind.variant is not None and len(parts) == len(kind.parts)
+    needed = {PEERS[part.peers[0]].folder for part in kind.parts if not part.optional}
+    whole = kind.variant is not None and needed <= {part.peer.folder for part in parts}
     if whole and scale_factor is None:
         raise FileError(f"{weights}: no file has a scale_factor, which a pipeline needs; give it with --scale_factor")
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            _save_pipeline(kind, models["vae"], models["unet"], unfinished, kind.config or weights)
+            _save_pipeline(kind, models, unfinished, kind.config or weights)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
@@ -141,11 +146,12 @@ def convert(
     return parts
 
 
-def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) -> None:
-    """Write both networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+def _save_pipeline(kind: Format, models: Mapping[str, Any], folder: Path, path: Path) -> None:
+    """Write the networks, by their places, as a pipeline. Raises: ValueError naming `path` if they, or their settings,
+    do not fit."""
     assert kind.variant is not None
     try:
-        kind.variant.pipeline(vae, unet).save_pretrained(folder)
+        kind.variant.pipeline(**models).save_pretrained(folder)
     except FileError:
         raise
     except ValueError as error:
@@ -225,7 +231,7 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
     """
     if not weights.is_dir():
         source = read_source(weights)
-        for part in kind.parts:
+        for part in reversed(kind.parts):  # a ControlNet's tensors have the names of a U-Net's, and more
             marker = PEERS[part.peers[0]].marker
             if any(name.startswith((marker, f"module.{marker}")) for name in source.state):
                 return [(part, source)]
@@ -238,6 +244,8 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
             raise FileError(f"{weights}: is a folder; give the file of weights")
         places = [folder / name for name in part.files for folder in (weights, weights / "models")]
         path = next((place for place in places if place.is_file()), None)
+        if path is None and part.optional:
+            continue
         if path is None:
             raise FileError(f"{weights}: has no {' or '.join(part.files)}, there or in models/; or give one file")
         found.append((part, read_source(path)))

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from . import maisi
 from .maisi import Variant
+from .maisi_labels import LABELS
 
 if TYPE_CHECKING:
     from autoencoder import MonaiAutoencoderKL
-    from diffusion import MonaiUNet3D
+    from diffusion import MonaiControlNet3D, MonaiUNet3D
     from pipelines import MedVolumePipeline
 
 OUT_PROJ = r".+\.(?:attentions\.\d+|attention)\.attn\.out_proj\.(?:weight|bias)"
@@ -32,6 +33,7 @@ class Part:
         files: its file's names in a folder, newest first.
         dropped: a pattern of tensors that its files hold and its class never used.
         settings: entries of our config beyond those that MONAI's class has.
+        optional: whether a folder may lack its file.
     """
 
     peers: Sequence[str]
@@ -39,12 +41,15 @@ class Part:
     files: Sequence[str] = ()
     dropped: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    optional: bool = False
 
 
 class Assembly(Protocol):
-    """What turns both networks of a format into a pipeline."""
+    """What turns the networks of a format into a pipeline."""
 
-    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
+    def pipeline(
+        self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None" = None
+    ) -> "MedVolumePipeline":
         """Put the networks together. Raises: ValueError if they do not fit."""
         ...
 
@@ -60,7 +65,7 @@ class Format:
         license: of the weights, for the model card.
         restricted: what every generated volume must say of the license; None where nothing is forbidden.
         source: where the weights are published.
-        variant: what turns both networks into a pipeline; None where that is not known.
+        variant: what turns the networks into a pipeline; None where that is not known.
         is_bundle: whether the bundle's own configs name arguments, files and sampling (`interop.bundle_reader`).
         config: the file that the arguments were read from.
         scale_factor: what latents are multiplied by where neither a file nor the user says; None if one must.
@@ -104,19 +109,39 @@ _MAISI_UNET: Mapping[str, object] = {
 }
 _DDPM = {**_MAISI_UNET, "include_top_region_index_input": True, "include_bottom_region_index_input": True}
 _RFLOW = {**_MAISI_UNET, "include_fc": True, "resblock_updown": True, "num_class_embeds": 128}
+_CONTROL: Mapping[str, object] = {
+    **{name: value for name, value in _MAISI_UNET.items() if name not in ("out_channels", "include_spacing_input")},
+    "conditioning_embedding_in_channels": 8,
+    "conditioning_embedding_num_channels": [8, 32, 64],
+}
+_CONTROL_RFLOW = {**_CONTROL, "include_fc": True, "resblock_updown": True, "num_class_embeds": 128}
 _VAE_V1 = Part(["AutoencoderKlMaisi"], _MAISI_VAE, ["autoencoder_v1.pt", "autoencoder_epoch273.pt"])
 _VAE_V2 = Part(["AutoencoderKlMaisi"], _MAISI_VAE, ["autoencoder_v2.pt"])
 _OPEN = "NVIDIA Open Model License"
 _RESEARCH = "non-commercial research only, also for derivatives (NVIDIA, LICENSE.weights of NV-Generate-MR, 3.2, 3.3)"
 
 
+def _controlnet(arguments: Mapping[str, object], files: Sequence[str], dropped: str | None = None) -> Part:
+    settings = {"label_values": sorted(LABELS)}
+    return Part(["ControlNetMaisi"], arguments, files, dropped=dropped, settings=settings, optional=True)
+
+
 def _maisi(
-    name: str, file: str, vae: Part, variant: Variant, *, license: str, source: str, restricted: str | None = None
+    name: str,
+    file: str,
+    vae: Part,
+    variant: Variant,
+    *,
+    license: str,
+    source: str,
+    restricted: str | None = None,
+    controlnet: Part | None = None,
 ) -> Format:
     unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file], settings=variant.unet_settings())
+    networks = "autoencoder and U-Net" if controlnet is None else "autoencoder, U-Net and ControlNet"
     return Format(
-        f"MAISI {name}: autoencoder and U-Net",
-        [vae, unet],
+        f"MAISI {name}: {networks}",
+        [vae, unet] if controlnet is None else [vae, unet, controlnet],
         value_range=(0.0, 1.0),
         license=license,
         restricted=restricted,
@@ -142,7 +167,7 @@ FORMATS: dict[str, Format] = {
         scale_factor=1.0,  # the scripts of the zoo's bundles decode latents as they are
     ),
     "maisi-ddpm-ct": Format(
-        "MAISI v1, DDPM, CT: autoencoder and U-Net",
+        "MAISI v1, DDPM, CT: autoencoder, U-Net and ControlNet",
         [
             _VAE_V1,
             Part(
@@ -152,6 +177,7 @@ FORMATS: dict[str, Format] = {
                 dropped=OUT_PROJ,
                 settings=maisi.DDPM_CT.unet_settings(),
             ),
+            _controlnet(_CONTROL, ["controlnet_3d_ddpm-ct.pt", "controlnet_current.pt"], OUT_PROJ),
         ],
         value_range=(0.0, 1.0),
         license=_OPEN,
@@ -163,6 +189,7 @@ FORMATS: dict[str, Format] = {
         "diff_unet_3d_rflow-ct.pt",
         _VAE_V1,
         maisi.RFLOW_CT,
+        controlnet=_controlnet(_CONTROL_RFLOW, ["controlnet_3d_rflow-ct.pt"]),
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-CT",
     ),

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from autoencoder import MonaiAutoencoderKL
-    from diffusion import MonaiUNet3D
+    from diffusion import MonaiControlNet3D, MonaiUNet3D
     from pipelines import MedVolumePipeline
     from volumes.description import DataDescription
+
+from .maisi_labels import BODY, LABELS
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 SHIFT_VOXELS = 32**3  # latent voxels at which timesteps are not shifted
@@ -67,11 +69,11 @@ class Variant:
             "condition_dropout": {MODALITY: DROPPED},
         }
 
-    def description(self, unet: "MonaiUNet3D") -> "DataDescription":
+    def description(self, unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None") -> "DataDescription":
         """Return what is known of its training set.
 
         Of the voxel sizes that is a range. Their mean and standard deviation are those of equal frequency; nothing
-        reads them.
+        reads them. With a ControlNet, voxels that a mask calls background are set to air, as MAISI's script does.
         """
         from diffusion.monai_unet import SPACING
         from volumes.description import ChannelScale, DataDescription, NumberStats
@@ -80,7 +82,9 @@ class Variant:
         ranges = dict(zip(SPACING, (self.spacings[0], *self.spacings), strict=True))
         return DataDescription(
             channels=(self.channel,),
-            labels={},
+            labels={} if controlnet is None else dict(LABELS),
+            common_labels=None if controlnet is None else (BODY,),
+            background_threshold=None if controlnet is None else -1.0,
             spacing=None,
             intensity=(ChannelScale(*self.scale),),
             shape_range=(self.shapes[0], self.shapes[1]),
@@ -90,12 +94,14 @@ class Variant:
             grid_numbers=SPACING,
         )
 
-    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
+    def pipeline(
+        self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None" = None
+    ) -> "MedVolumePipeline":
         """Put the networks together. Raises: ValueError if they do not fit."""
         from pipelines import MedVolumePipeline, SamplingSettings
 
         scheduler = unet.new_scheduler(None if self.flow else "DDPMScheduler")
-        pipe = MedVolumePipeline(vae, unet, scheduler, self.description(unet))
+        pipe = MedVolumePipeline(vae, unet, scheduler, self.description(unet, controlnet), controlnet=controlnet)
         guidance = None if self.guidance == 1 else {MODALITY: self.guidance}
         pipe.sampling_settings = SamplingSettings(self.steps, guidance, maisi_steps=False if self.flow else None)
         return pipe

@@ -11,6 +11,7 @@ import torch
 from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
 from autoencoder.monai.vq import MonaiVQVAE
+from diffusion.monai_controlnet import BITS, MonaiControlNet3D
 from diffusion.monai_unet import MonaiUNet3D
 
 Renames = Sequence[tuple[str, str]]
@@ -45,6 +46,7 @@ UNET: Renames = (
     (r"(up_blocks\.\d+\.upsampler)\.conv\.conv\.(weight|bias)", r"network.\1.postconv.conv.\2"),
     (r"(.+)", r"network.\1"),
 )
+CONTROLNET: Renames = ((r"controlnet_cond_embedding\.(.+)", r"embedding.\1"), *UNET)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ _AUTOENCODER = _SHARED | {
 _UNET = _SHARED | {
     **{name: name for name in ("resblock_updown", "num_head_channels", "transformer_num_layers")},
     **{name: name for name in ("cross_attention_dim", "num_class_embeds", "upcast_attention")},
+}
+_CONTROLNET = {name: ours for name, ours in _SHARED.items() if name != "out_channels"} | {
+    **{name: name for name in ("resblock_updown", "num_head_channels", "num_class_embeds", "upcast_attention")},
+    "conditioning_embedding_num_channels": "embedding_channels",
 }
 _AUTOENCODER_DEFAULTS = {
     "num_res_blocks": 2,
@@ -185,6 +191,16 @@ PEERS = {
         "down_blocks.",
         f"{_MAISI_NETWORKS}.diffusion_model_unet_maisi",
     ),
+    "ControlNetMaisi": Peer(
+        MonaiControlNet3D,
+        "controlnet",
+        _CONTROLNET,
+        _UNET_DEFAULTS | {"attention_output": False, "embedding_channels": [16, 32, 96, 256]},
+        CONTROLNET,
+        "controlnet_cond_embedding.",
+        f"{_MAISI_NETWORKS}.controlnet_maisi",
+        fixed=FIXED | {"conditioning_embedding_in_channels": (BITS,)},
+    ),
 }
 
 
@@ -249,7 +265,7 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         config["takes_regions"] = True
     if transposed:
         config["upsampling"] = "transposed"
-    if isinstance(count := config.get("num_class_embeds"), int):
+    if isinstance(count := config.get("num_class_embeds"), int) and peer.folder == "unet":
         config |= {"classes": {"label": [str(label) for label in range(count)]}, "class_labels": [*range(count)]}
     for name in ("num_res_blocks", "num_head_channels", "num_res_channels", *LEVELS):
         one = isinstance(value := config.get(name), int) or (name in LEVELS and _are_numbers(value))

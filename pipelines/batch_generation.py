@@ -166,7 +166,7 @@ def generate_to_disk(
     check_count(requests, config.count)
     rejection = config.rejection(pipe, requests)
     requests = [with_options(request, config) for request in requests]
-    partial = pipe.unet.takes_partial_masks
+    partial = pipe.denoiser.takes_partial_masks
     check_exports(config.exports, config.output, pipe.data, requests, config.count, partial=partial)
     sources = {volume_path(config.output, one.name, k): one for one in requests for k in range(config.count)}
     requests, ks = share_of(requests, config.count, state)
