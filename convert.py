@@ -7,9 +7,9 @@
     medvolume convert --to monai-bundle --pipeline shipped:hippocampus --output out/bundle
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
-tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
-and provenance.json with the checksums of the files. Both networks of MAISI or of a bundle are a pipeline, for
-generate.py.
+tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, OUTPUT/controlnet (of what is
+there), README.md with license and source, and provenance.json with the checksums of the files. Autoencoder and U-Net of
+MAISI or of a bundle are a pipeline, for generate.py; with MAISI's ControlNet it takes label maps.
 
 With --to a pipeline of ours is written for programs that do not have this package.
 """

@@ -286,6 +286,8 @@ def peer_name(model: VolumeModel) -> str:
     if isinstance(model, MonaiUNet3D):
         is_maisi = config["takes_spacing"] or config["takes_regions"]
         return "DiffusionModelUNetMaisi" if is_maisi else "DiffusionModelUNet"
+    if isinstance(model, MonaiControlNet3D):
+        return "ControlNetMaisi"
     if isinstance(model, MonaiVQVAE):
         raise ValueError("a VQVAE is not written back; keep the file that it was converted from")
     raise ValueError(f"{type(model).__name__} is not a network of MONAI; export it with --to torch-export")
@@ -305,8 +307,10 @@ def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, object]:
         arguments["in_channels"] = config["in_channels"] + len(config["context_numbers"])
     if peer.folder == "vae":
         arguments["use_convtranspose"] = config["upsampling"] == "transposed"
-    else:
+    elif peer.folder == "unet":
         arguments["with_conditioning"] = config["cross_attention_dim"] is not None
+    else:
+        arguments["conditioning_embedding_in_channels"] = BITS
     if name == "DiffusionModelUNetMaisi":
         arguments |= {f"include_{end}_region_index_input": config["takes_regions"] for end in ("top", "bottom")}
     return arguments

@@ -259,6 +259,18 @@ def load_unet(folder: str | Path) -> LatentDenoiser:
     return unet_class.from_pretrained(found).eval().requires_grad_(False)
 
 
+def load_controlnet(folder: str | Path) -> MonaiControlNet3D:
+    """Load the ControlNet in the subfolder controlnet/ of a pipeline's folder, for inference.
+
+    Raises: FileError if there is none; ValueError if its weights do not fit.
+    """
+    found = Path(expand_path(str(folder))) / "controlnet"
+    if not (found / "config.json").is_file():
+        raise FileError(f"{folder}: no ControlNet there (controlnet/config.json); give the folder of a pipeline")
+    _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
+    return MonaiControlNet3D.from_pretrained(found).eval().requires_grad_(False)
+
+
 def check_fit(vae: VolumeAutoencoder, unet: LatentDenoiser, data: DataDescription) -> None:
     """Raise ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
