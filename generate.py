@@ -23,6 +23,7 @@ that grid. Where training cut its cases to a box (data.crop), the case's image s
 The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
 generated to match), and name, where the mask's stem should not be the name. Other columns are listed and not read.
+--classes gives a class to all volumes whose row, or case, has none: with --masks, to all.
 
 Steps and guidance are those of the pipeline's sampling.json, unless --steps, --guidance_scale, --guidance_interval,
 --autoguidance_scale, --guidance_without and --without_scale say otherwise. Each volume's seed is computed from --seed,
