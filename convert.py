@@ -23,7 +23,7 @@ from cli.settings import FiniteFloat, Number, PositiveFloat, PositiveInt
 from files.shipped import expand_path
 from interop.formats import FORMATS, TARGETS
 
-OF_READING = ("weights", "network", "value_range", "scale_factor", "shape", "spacing", "steps", "numbers")
+OF_READING = ("weights", "network", "value_range", "scale_factor", "labels", "shape", "spacing", "steps", "numbers")
 
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,6 +49,8 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     reading.add_argument("--network", type=Path, metavar="FILE", help=network_help)
     range_help = "intensities between which the autoencoder's training volumes lay, for weights that you trained"
     reading.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)
+    labels_help = "what the outputs of MAISI's mask autoencoder are: NVIDIA's label_dict_124_to_132.json"
+    reading.add_argument("--labels", type=Path, metavar="FILE", help=labels_help)
     scale_help = "what the diffusion model's training multiplied latents by (the file's own, if it has one)"
     reading.add_argument("--scale_factor", type=Number(PositiveFloat), help=scale_help)
     bundle = parser.add_argument_group(
@@ -103,6 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
         scale_factor=options.scale_factor,
         license=options.license,
         bundle=bundle,
+        labels=options.labels,
     )
     for part in parts:
         dropped = f", {len(part.dropped)} unused ones left out" if part.dropped else ""

@@ -20,6 +20,7 @@ from pipelines.storage.provenance import software
 
 from .bundle_reader import BundleOptions, read_bundle
 from .formats import FORMATS, Format, Part
+from .maisi_masks import with_labels
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile
 
@@ -90,11 +91,12 @@ def convert(
     scale_factor: float | None = None,
     license: str | None = None,
     bundle: BundleOptions | None = None,
+    labels: Path | None = None,
 ) -> list[Converted]:
-    """Convert weights, and write OUTPUT/vae, OUTPUT/unet, OUTPUT/controlnet, README.md and provenance.json, of what is
-    there. Nothing of the files is run.
+    """Convert weights, and write a folder for each network, README.md and provenance.json. Nothing of the files is run.
 
-    Where a format's autoencoder and U-Net are both there, the folder is a pipeline.
+    The folders are OUTPUT/vae, OUTPUT/unet and OUTPUT/controlnet. Where a format's autoencoder and U-Net are both
+    there, OUTPUT is a pipeline.
 
     Args:
         format_name: a name in `FORMATS`.
@@ -105,12 +107,15 @@ def convert(
         scale_factor: what the diffusion model's training multiplied latents by; of the file if it has one.
         license: of the weights, for formats that do not fix it; generated volumes will name it.
         bundle: what the configs of a bundle do not say.
+        labels: JSON file with the label value of each output, {name: [output, value]}, for MAISI's masks.
     Returns: the networks that were written.
     Raises: ValueError naming the file and what does not fit: names, shapes, values, or code in a pickle.
     """
     kind = FORMATS[format_name]
     bundle = bundle or BundleOptions()
-    _check_options(format_name, kind, network, license, bundle)
+    _check_options(format_name, kind, network, license, bundle, labels)
+    if labels is not None:
+        kind = with_labels(kind, labels)
     if kind.is_bundle:
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None if network is None else read_object(network)
@@ -147,8 +152,10 @@ def convert(
 
 
 def _save_pipeline(kind: Format, models: Mapping[str, Any], folder: Path, path: Path) -> None:
-    """Write the networks, by their places, as a pipeline. Raises: ValueError naming `path` if they, or their settings,
-    do not fit."""
+    """Write the networks, by their places, as a pipeline.
+
+    Raises: ValueError naming `path` if they, or their settings, do not fit.
+    """
     assert kind.variant is not None
     try:
         kind.variant.pipeline(**models).save_pretrained(folder)
@@ -159,9 +166,21 @@ def _save_pipeline(kind: Format, models: Mapping[str, Any], folder: Path, path: 
 
 
 def _check_options(
-    format_name: str, kind: Format, network: Path | None, license: str | None, bundle: BundleOptions
+    format_name: str,
+    kind: Format,
+    network: Path | None,
+    license: str | None,
+    bundle: BundleOptions,
+    labels: Path | None,
 ) -> None:
     """Raise ValueError for options that a format does not take, or lacks."""
+    if labels is not None and not kind.takes_labels:
+        raise ValueError(f"{format_name}: its labels are known, or there are none; omit --labels")
+    if labels is None and kind.takes_labels:
+        raise ValueError(
+            f"{format_name}: give configs/label_dict_124_to_132.json of NVIDIA's NV-Generate-CTMR, which says what the "
+            "outputs of the autoencoder are: --labels FILE"
+        )
     if bundle.given and not kind.is_bundle:
         raise ValueError(f"{format_name}: {', '.join(bundle.given)} belongs to --from monai-bundle; omit it")
     given = any(part.arguments is None for part in kind.parts) and not kind.is_bundle

@@ -69,6 +69,7 @@ class Format:
         is_bundle: whether the bundle's own configs name arguments, files and sampling (`interop.bundle_reader`).
         config: the file that the arguments were read from.
         scale_factor: what latents are multiplied by where neither a file nor the user says; None if one must.
+        takes_labels: whether the user gives the label values of its outputs (`interop.maisi_masks`).
     """
 
     help: str
@@ -81,6 +82,7 @@ class Format:
     is_bundle: bool = False
     config: Path | None = None
     scale_factor: float | None = None
+    takes_labels: bool = False
 
 
 _MAISI_VAE: Mapping[str, object] = {
@@ -109,6 +111,26 @@ _MAISI_UNET: Mapping[str, object] = {
 }
 _DDPM = {**_MAISI_UNET, "include_top_region_index_input": True, "include_bottom_region_index_input": True}
 _RFLOW = {**_MAISI_UNET, "include_fc": True, "resblock_updown": True, "num_class_embeds": 128}
+_MASK_VAE: Mapping[str, object] = {
+    **_MAISI_VAE,
+    "in_channels": 8,
+    "out_channels": 125,
+    "num_channels": [32, 64, 128],
+    "num_res_blocks": [1, 2, 2],
+    "use_convtranspose": True,
+}
+_MASK_UNET: Mapping[str, object] = {
+    "spatial_dims": 3,
+    "in_channels": 4,
+    "out_channels": 4,
+    "channels": [64, 128, 256, 512],
+    "num_res_blocks": 2,
+    "attention_levels": [False, False, True, True],
+    "num_head_channels": [0, 0, 32, 32],
+    "with_conditioning": True,
+    "cross_attention_dim": 10,
+    "upcast_attention": True,
+}
 _CONTROL: Mapping[str, object] = {
     **{name: value for name, value in _MAISI_UNET.items() if name not in ("out_channels", "include_spacing_input")},
     "conditioning_embedding_in_channels": 8,
@@ -209,6 +231,23 @@ FORMATS: dict[str, Format] = {
         maisi.RFLOW_MR_BRAIN,
         license=_OPEN,
         source="https://huggingface.co/nvidia/NV-Generate-MR-Brain",
+    ),
+    "maisi-masks": Format(
+        "MAISI's label maps of CT from organ sizes: mask autoencoder and mask diffusion (--labels)",
+        [
+            Part(["AutoencoderKlMaisi"], _MASK_VAE, ["mask_generation_autoencoder.pt"]),
+            Part(
+                ["DiffusionModelUNet"],
+                _MASK_UNET,
+                ["mask_generation_diffusion_unet.pt"],
+                settings={"objective": "epsilon", **maisi.BETAS, "context_numbers": list(maisi.SIZES)},
+            ),
+        ],
+        value_range=(0.0, 1.0),
+        license=_OPEN,
+        source="https://huggingface.co/nvidia/NV-Generate-CT",
+        scale_factor=1.0055984258651733,
+        takes_labels=True,
     ),
 }
 TARGETS = {

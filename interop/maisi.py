@@ -21,6 +21,11 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0
 SHIFT_VOXELS = 32**3  # latent voxels at which timesteps are not shifted
 DROPPED = 0.1  # how often its training left the modality out
 MODALITY = "modality"
+MASK_SPACING = 1.5  # mm, of label maps that are generated
+SIZES = (  # of organs and tumors, in the order of the mask diffusion's input
+    *("gallbladder", "liver", "stomach", "pancreas", "colon"),
+    *("lung_tumor", "pancreatic_tumor", "hepatic_tumor", "colon_cancer_primaries", "bone_lesion"),
+)
 Scale = tuple[Literal["window", "percentile"], float, float, tuple[float, float] | None]  # of `ChannelScale`
 HOUNSFIELD: Scale = ("window", -1000.0, 1000.0, None)
 PERCENTILES: Scale = ("percentile", 0.0, 1000.0, (0.0, 99.5))  # a file's unit is a thousandth of the upper one

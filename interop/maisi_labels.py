@@ -19,7 +19,11 @@ def _numbered(first: int, names: Sequence[str]) -> dict[int, str]:
     return dict(enumerate(names, start=first))
 
 
-_SPINE = [*(f"L{n}" for n in range(5, 0, -1)), *(f"T{n}" for n in range(12, 0, -1)), *(f"C{n}" for n in range(7, 0, -1))]
+_SPINE = [
+    *(f"L{n}" for n in range(5, 0, -1)),
+    *(f"T{n}" for n in range(12, 0, -1)),
+    *(f"C{n}" for n in range(7, 0, -1)),
+]
 LABELS: dict[int, str] = {
     0: "background",
     1: "liver",

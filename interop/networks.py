@@ -38,6 +38,7 @@ MAISI_AUTOENCODER: Renames = (
 # Layers of MONAI Generative's self-attention that its forward pass never used. Nor does MONAI's without `include_fc`.
 UNUSED_AUTOENCODER = r"(?:module\.)?(?:en|de)coder\.blocks\.\d+\.proj_attn\.(?:weight|bias)"
 UNUSED_UNET = r".+\.(?:attentions\.\d+|attention)\.proj_attn\.(?:weight|bias)"
+OF_MAISI = ("trilinear", "transposed_3")  # how MAISI's autoencoders upsample
 GENERATIVE = "generative."  # the package of MONAI Generative
 UNET: Renames = (
     (r"(.+\.(?:attentions\.\d+|attention))\.(to_[qkv])\.(weight|bias)", r"network.\1.attn.\2.\3"),
@@ -264,7 +265,7 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
             )
         config["takes_regions"] = True
     if transposed:
-        config["upsampling"] = "transposed"
+        config["upsampling"] = "transposed_3" if config.get("upsampling") in OF_MAISI else "transposed"
     if isinstance(count := config.get("num_class_embeds"), int) and peer.folder == "unet":
         config |= {"classes": {"label": [str(label) for label in range(count)]}, "class_labels": [*range(count)]}
     for name in ("num_res_blocks", "num_head_channels", "num_res_channels", *LEVELS):
@@ -282,7 +283,7 @@ def peer_name(model: VolumeModel) -> str:
     """Return the class of MONAI whose weights a model of ours holds. Raises: ValueError if there is none."""
     config = model.config
     if isinstance(model, MonaiAutoencoderKL):
-        return "AutoencoderKlMaisi" if config["upsampling"] == "trilinear" else "AutoencoderKL"
+        return "AutoencoderKlMaisi" if config["upsampling"] in OF_MAISI else "AutoencoderKL"
     if isinstance(model, MonaiUNet3D):
         is_maisi = config["takes_spacing"] or config["takes_regions"]
         return "DiffusionModelUNetMaisi" if is_maisi else "DiffusionModelUNet"
@@ -306,7 +307,9 @@ def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, object]:
     if config.get("numbers_as_channels"):
         arguments["in_channels"] = config["in_channels"] + len(config["context_numbers"])
     if peer.folder == "vae":
-        arguments["use_convtranspose"] = config["upsampling"] == "transposed"
+        arguments["use_convtranspose"] = config["upsampling"] in ("transposed", "transposed_3")
+        if logits := config.get("label_logits"):
+            arguments["out_channels"] = len(logits) + 1
     elif peer.folder == "unet":
         arguments["with_conditioning"] = config["cross_attention_dim"] is not None
     else:

@@ -292,7 +292,9 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
                     autoguidance=self._autoguidance(sampling, conditions),
-                    contrasts=contrasts(networks[0], self.data.labels, sampling.without, prepared, conditions[0], device),
+                    contrasts=contrasts(
+                        networks[0], self.data.labels, sampling.without, prepared, conditions[0], device
+                    ),
                     schema=networks[0].condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,

@@ -143,8 +143,8 @@ class MedVolumePipeline(VolumePipeline):
                 nothing. Without it the whole grid is generated, unless `image` has that channel.
             spacing: (x, y, z) in mm between the voxels of `shape`. Default: that of the model's template. A model of
                 volumes of one spacing generates at its own, and the volume is resampled.
-            controlnet_conditioning_scale: for a pipeline with a ControlNet: factor of what it adds to the U-Net, from 0;
-                1 is as trained. Default: that of the pipeline, or 1.
+            controlnet_conditioning_scale: for a pipeline with a ControlNet: factor of what it adds to the U-Net, 0 or
+                more; 1 is as trained. Default: that of the pipeline, or 1.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images,
         the guidance, the generators, the sigmas, the output type, the scheduler, the paths; all of it before the first

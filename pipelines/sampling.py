@@ -59,8 +59,8 @@ class SamplingConfig:
         without_scale: of that guidance, 1 for none; None for the pipeline's own.
         maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.maisi_steps`; None for the pipeline's
             own.
-        controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net, 1 as trained; None for
-            the pipeline's own.
+        controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net, 1 as trained; None
+            for the pipeline's own.
     Raises: ValueError naming the argument.
     """
 

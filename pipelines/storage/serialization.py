@@ -66,8 +66,8 @@ class PipelineIOMixin(DiffusionPipeline):
         """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
 
         Args:
-            kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak, controlnet; None: the folder's),
-                `data`, and those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`)
+            kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak, controlnet; None: the
+                folder's), `data`, and those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`)
                 or downloading them.
         Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which
         is a ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a
@@ -259,8 +259,8 @@ class PipelineIOMixin(DiffusionPipeline):
 
     @property
     def model_hash(self) -> str:
-        """sha256 over configs and weights of autoencoder, U-Net and ControlNet, and over `data`: the model's name in every
-        sidecar.
+        """sha256 over configs and weights of autoencoder, U-Net and ControlNet, and over `data`: the model's name in
+        every sidecar.
 
         Of a loaded component the stored tensors count, so that half precision and offloading change nothing, whichever
         pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do;

@@ -8,6 +8,7 @@ import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import nn
 
 from interop import formats
@@ -76,6 +77,31 @@ def write_maisi(folder: Path, name: str, scale_factor: float = 1.25) -> tuple[nn
     content["unet_state_dict"] = unet.state_dict()
     torch.save(content, folder / "models" / formats.FORMATS[name].parts[1].files[0])
     return vae, unet
+
+
+def write_masks(folder: Path, outputs: int) -> tuple[nn.Module, nn.Module]:
+    """Write MAISI's mask autoencoder, of so many outputs, and its mask diffusion as its scripts do. Returns them."""
+    vae, unet = (part.arguments or {} for part in formats.FORMATS["maisi-masks"].parts)
+    vae = random_weights(AutoencoderKlMaisi(**{**vae, "out_channels": outputs}, num_splits=1, save_mem=False), 3)
+    unet = random_weights(DiffusionModelUNet(**unet), 4)
+    (folder / "models").mkdir(parents=True)
+    torch.save(vae.state_dict(), folder / "models/mask_generation_autoencoder.pt")
+    content = {"unet_state_dict": unet.state_dict(), "scale_factor": 1.0055984258651733}
+    torch.save(content, folder / "models/mask_generation_diffusion_unet.pt")
+    return vae, unet
+
+
+def narrow_masks(monkeypatch: Any, outputs: int) -> None:
+    """Make the format of MAISI's masks expect narrow networks, of so many outputs."""
+    kind = formats.FORMATS["maisi-masks"]
+    vae, unet = kind.parts
+    narrow_vae = {**(vae.arguments or {}), "out_channels": outputs, "num_channels": [8, 16], "norm_num_groups": 8}
+    narrow_vae |= {"num_res_blocks": [1, 1], "attention_levels": [False, False]}
+    narrow_unet = {**(unet.arguments or {}), **NARROW_UNET, "channels": NARROW_UNET["num_channels"]}
+    del narrow_unet["num_channels"]
+    parts = [replace(vae, arguments=narrow_vae), replace(unet, arguments=narrow_unet)]
+    monkeypatch.setitem(formats.FORMATS, "maisi-masks", replace(kind, parts=parts))
+    monkeypatch.setattr("interop.maisi_masks.OUTPUTS", outputs)
 
 
 def old_name(key: str) -> str:

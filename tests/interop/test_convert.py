@@ -25,7 +25,7 @@ from pipelines import MedVolumePipeline, read_sidecar
 from pipelines.decoding import VolumeDecoder
 from pipelines.storage.loading import load_autoencoder
 
-MAISI = [name for name in FORMATS if name.startswith("maisi")]
+MAISI = [name for name in FORMATS if name.startswith("maisi") and name != "maisi-masks"]
 TOLERANCE = 1e-5  # of the range
 
 
