@@ -1,6 +1,8 @@
 """Convert weights that others trained, of MAISI and MONAI, into a folder of ours; and ours into what others run.
 
     medvolume convert --from maisi-rflow-ct --weights NV-Generate-CT --output weights/maisi-rflow-ct
+    medvolume convert --from maisi-masks --weights NV-Generate-CT --labels label_dict_124_to_132.json \
+        --output weights/maisi-masks
     medvolume convert --from monai-bundle --weights brats_mri_generative_diffusion --output weights/brats
     medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
         --output weights/own

@@ -80,7 +80,7 @@ class MonaiControlNet3D(VolumeModel):
                 "each, and the values in rising order, each once"
             )
         self.mask_stride = as_stride(2 ** (len(embedding_channels) - 1))
-        network = ControlNetMaisi(
+        network: Any = ControlNetMaisi(
             spatial_dims=3,
             in_channels=in_channels,
             num_res_blocks=num_res_blocks,
@@ -169,7 +169,7 @@ class ControlledUNet(LatentDenoiser):
         return self.unet.config
 
     @property
-    def mask_stride(self) -> tuple[int, int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def mask_stride(self) -> tuple[int, int, int]:
         """Voxels of a latent voxel."""
         return self.controlnet.mask_stride
 
@@ -242,21 +242,21 @@ def controlled(
 
 def check_controlnet(unet: LatentDenoiser, controlnet: MonaiControlNet3D) -> None:
     """Raise ValueError if a ControlNet is not one of this U-Net, or of another type."""
-    unet, controlnet = (getattr(one, "_orig_mod", one) for one in (unet, controlnet))
-    if not isinstance(unet, MonaiUNet3D):
-        raise ValueError(f"controlnet: is for a MonaiUNet3D, and the pipeline's U-Net is a {type(unet).__name__}")
+    base, control = (getattr(one, "_orig_mod", one) for one in (unet, controlnet))  # beneath torch.compile
+    if not isinstance(base, MonaiUNet3D):
+        raise ValueError(f"controlnet: is for a MonaiUNet3D, and the pipeline's U-Net is a {type(base).__name__}")
     for name in SAME:
-        ours, theirs = (_listed(one.config[name]) for one in (unet, controlnet))
+        ours, theirs = (_listed(one.config[name]) for one in (base, control))
         if ours != theirs:
             raise ValueError(
                 f"controlnet has {name} {theirs!r:.80}, the U-Net {ours!r:.80}; take the ControlNet that was trained "
                 "with this U-Net"
             )
-    if unet.config["cross_attention_dim"] is not None:
+    if base.config["cross_attention_dim"] is not None:
         raise ValueError("controlnet: the U-Net has cross attention, which no ControlNet here has")
-    if unet.dtype != controlnet.dtype:
+    if base.dtype != control.dtype:
         raise ValueError(
-            f"controlnet is {controlnet.dtype}, the U-Net {unet.dtype}; cast it first: controlnet.to({unet.dtype})"
+            f"controlnet is {control.dtype}, the U-Net {base.dtype}; cast it first: controlnet.to({base.dtype})"
         )
 
 

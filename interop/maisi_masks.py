@@ -92,7 +92,9 @@ def read_outputs(path: Path) -> dict[int, tuple[int, str]]:
             )
         found[output] = value, LABELS.get(value, name)
     if missing := sorted(set(range(1, OUTPUTS)) - found.keys()):
-        raise FileError(f"{path}: has no label for {len(missing)} outputs, such as {missing[0]}")
+        raise FileError(
+            f"{path}: has no label for {len(missing)} outputs, such as {missing[0]}; add it as name: [output, value]"
+        )
     if len({value for value, _ in found.values()}) < len(found) or len({name for _, name in found.values()}) < len(found):
         raise FileError(f"{path}: gives several outputs one label value, or one name")
     return found
