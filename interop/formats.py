@@ -143,6 +143,9 @@ _OPEN = "NVIDIA Open Model License"
 _RESEARCH = "non-commercial research only, also for derivatives (NVIDIA, LICENSE.weights of NV-Generate-MR, 3.2, 3.3)"
 
 
+AND_CONTROLNET = " (and the ControlNet, if it is there)"
+
+
 def _controlnet(arguments: Mapping[str, object], files: Sequence[str], dropped: str | None = None) -> Part:
     settings = {"label_values": sorted(LABELS)}
     return Part(["ControlNetMaisi"], arguments, files, dropped=dropped, settings=settings, optional=True)
@@ -160,9 +163,8 @@ def _maisi(
     controlnet: Part | None = None,
 ) -> Format:
     unet = Part(["DiffusionModelUNetMaisi"], _RFLOW, [file], settings=variant.unet_settings())
-    networks = "autoencoder and U-Net" if controlnet is None else "autoencoder, U-Net and ControlNet"
     return Format(
-        f"MAISI {name}: {networks}",
+        f"MAISI {name}: autoencoder and U-Net" + ("" if controlnet is None else AND_CONTROLNET),
         [vae, unet] if controlnet is None else [vae, unet, controlnet],
         value_range=(0.0, 1.0),
         license=license,
@@ -189,7 +191,7 @@ FORMATS: dict[str, Format] = {
         scale_factor=1.0,  # the scripts of the zoo's bundles decode latents as they are
     ),
     "maisi-ddpm-ct": Format(
-        "MAISI v1, DDPM, CT: autoencoder, U-Net and ControlNet",
+        f"MAISI v1, DDPM, CT: autoencoder and U-Net{AND_CONTROLNET}",
         [
             _VAE_V1,
             Part(

@@ -22,7 +22,7 @@ from interop.export import WRITERS, export
 from interop.maisi import MODALITY
 from interop.maisi_labels import BODY, LABELS
 from interop.networks import PEERS, renamed
-from pipelines import MedVolumePipeline, SamplingSettings, read_sidecar
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline, SamplingSettings, read_sidecar
 from pipelines.storage.loading import load_unet
 from training.ldm import model_of
 
@@ -294,6 +294,26 @@ def test_batches_and_slabs_change_nothing(hub, monkeypatch, tmp_path):
         assert np.abs(written - whole.numpy().squeeze()).max() <= 0.51  # rounded to whole HU
         assert read_sidecar(path)["mask"]["sha256"]
     assert (together[0] - together[1]).abs().max() > 1
+
+
+def test_edits_and_half_precision(hub):
+    """A label map steers edits, too; in bfloat16 all three networks run."""
+    *_, pipe = hub(FLOW)
+    labels = label_map()
+    image = nib.Nifti1Image(np.where(labels == 0, -1000, 40).astype(np.int16), np.diag([*SPACING, 1.0]))
+    edit = MedVolumeEditPipeline.from_pipe(pipe)
+    edit.set_progress_bar_config(disable=True)
+    request = {"image": image, "strength": 0.5, "classes": CLASSES[FLOW], "num_inference_steps": 4}
+
+    def edited(**more):
+        out = edit(**request, **more, generator=torch.Generator().manual_seed(0)).volumes[0]
+        return np.asarray(out.dataobj).astype(np.float32)
+
+    steered = edited(mask=image_of(labels))
+    assert np.abs(steered - edited())[labels > 0].max() > 1 and (steered[labels == 0] == -1000).all()
+    pipe.to(torch.bfloat16)
+    half = edited(mask=image_of(labels))
+    assert np.abs(half - steered).mean() < 0.05 * (steered.max() - steered.min())
 
 
 @pytest.mark.filterwarnings("ignore:.*has no body")
