@@ -57,6 +57,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
     _repeated_blocks = ["AEKLResBlock"]
     latents_for_training = "mode"  # the noise of MAISI's posterior is a quarter of its latents' variance
 
+    # Long: half are its arguments, and those of MONAI's class.
     @register_to_config
     def __init__(
         self,
