@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .images import fold_images, image_condition
     from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
-    from .monai_controlnet import MonaiControlNet3D
-    from .monai_unet import MonaiUNet3D
+    from .monai.controlnet import MonaiControlNet3D
+    from .monai.unet import MonaiUNet3D
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
 

@@ -80,7 +80,7 @@ class Variant:
         Of the voxel sizes that is a range. Their mean and standard deviation are those of equal frequency; nothing
         reads them. With a ControlNet, voxels that a mask calls background are set to air, as MAISI's script does.
         """
-        from diffusion.monai_unet import SPACING
+        from diffusion.monai.unet import SPACING
         from volumes.description import ChannelScale, DataDescription, NumberStats
 
         x, y, z = self.spacing

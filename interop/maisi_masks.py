@@ -95,6 +95,8 @@ def read_outputs(path: Path) -> dict[int, tuple[int, str]]:
         raise FileError(
             f"{path}: has no label for {len(missing)} outputs, such as {missing[0]}; add it as name: [output, value]"
         )
-    if len({value for value, _ in found.values()}) < len(found) or len({name for _, name in found.values()}) < len(found):
+    if len({value for value, _ in found.values()}) < len(found) or len({name for _, name in found.values()}) < len(
+        found
+    ):
         raise FileError(f"{path}: gives several outputs one label value, or one name")
     return found

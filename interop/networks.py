@@ -11,8 +11,8 @@ import torch
 from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
 from autoencoder.monai.vq import MonaiVQVAE
-from diffusion.monai_controlnet import BITS, MonaiControlNet3D
-from diffusion.monai_unet import MonaiUNet3D
+from diffusion.monai.controlnet import BITS, MonaiControlNet3D
+from diffusion.monai.unet import MonaiUNet3D
 
 Renames = Sequence[tuple[str, str]]
 

@@ -24,7 +24,7 @@ from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance
 from diffusion.distillation import check_guidance_of_student
 from diffusion.guidance import Guidance, autoguidance_in_effect, interval_in_effect
-from diffusion.monai_controlnet import controlled
+from diffusion.monai.controlnet import controlled
 from diffusion.scheduler_options import Scheduler
 from pipelines.inputs.conditions import (
     check_conditions,

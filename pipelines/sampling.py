@@ -22,7 +22,7 @@ from diffusion.guidance import (
     guidance_in_effect,
     interval_in_effect,
 )
-from diffusion.maisi_steps import with_maisi_steps
+from diffusion.monai.maisi_steps import with_maisi_steps
 from diffusion.scheduler_options import MIN_NOISE, Scheduler
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
@@ -57,7 +57,7 @@ class SamplingConfig:
         guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
             such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
         without_scale: of that guidance, 1 for none; None for the pipeline's own.
-        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.maisi_steps`; None for the pipeline's
+        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.monai.maisi_steps`; None for the pipeline's
             own.
         controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net, 1 as trained; None
             for the pipeline's own.

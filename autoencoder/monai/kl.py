@@ -116,9 +116,9 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         for module in self.decoder.modules():
             if isinstance(module, nn.Upsample) and upsampling == "trilinear":
                 module.mode = "trilinear"
-        for block in self.decoder.blocks:
-            if isinstance(block, Upsample) and upsampling == "transposed_3":
-                _transpose_by_three(block)
+        for module in self.decoder.modules():
+            if isinstance(module, Upsample) and upsampling == "transposed_3":
+                _transpose_by_three(module)
         allow_slabs(self)
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
         self._check_statistics(latents_mean, latents_std)
@@ -221,7 +221,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
 def _transpose_by_three(block: Upsample) -> None:
     """Replace a transposed convolution of two voxels a side by MAISI's, of three, where interpolation would have its
     convolution."""
-    width = block.deconv.in_channels
+    [width] = {layer.in_channels for layer in block.modules() if isinstance(layer, nn.ConvTranspose3d)}
     del block.deconv
     block.add_module(
         "postconv",

@@ -23,7 +23,7 @@ from autoencoder import (
 )
 from diffusion import LatentDenoiser, MonaiControlNet3D
 from diffusion.guidance import autoguidance_in_effect
-from diffusion.monai_controlnet import check_controlnet
+from diffusion.monai.controlnet import check_controlnet
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
 from files.documents import FileError, read_object

@@ -33,7 +33,7 @@ class SamplingSettings:
             these labels.
         without_scale: of that guidance; 1 means none.
         maisi_steps: whether Euler takes the steps of MAISI's own sampler, which are too long by about 1 %, so that
-            volumes equal MAISI's; false takes the exact ones (`diffusion.maisi_steps`).
+            volumes equal MAISI's; false takes the exact ones (`diffusion.monai.maisi_steps`).
         controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net; 1 if absent.
     Raises: ValueError naming the setting.
     """

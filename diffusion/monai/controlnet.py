@@ -15,15 +15,15 @@ from autoencoder.model import VolumeModel
 from cli.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range
 from volumes import PADDING
 
-from .conditioning import ConditionSchema
-from .denoiser import CONTROLNET, LatentDenoiser
-from .monai_unet import ControlResiduals, MonaiUNet3D
-from .unet import LatentUNet3DOutput
+from diffusion.conditioning import ConditionSchema
+from diffusion.denoiser import CONTROLNET, LatentDenoiser
+from .unet import ControlResiduals, MonaiUNet3D
+from diffusion.unet import LatentUNet3DOutput
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
 
-    from .completion import DataFacts
+    from diffusion.completion import DataFacts
 
 BITS = 8  # of a label value, each a channel, the lowest first
 LabelValue = Annotated[int, Range(0, 2**BITS - 1)]

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from cli.settings import InnerShare, NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne
 
-from .conditioning import ConditionSchema
-from .denoiser import LatentDenoiser
-from .objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
-from .scheduler_options import MAX_TIMESTEPS, Betas
-from .unet import LatentUNet3DOutput, crop_at_end, pad_at_end
+from diffusion.conditioning import ConditionSchema
+from diffusion.denoiser import LatentDenoiser
+from diffusion.objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
+from diffusion.scheduler_options import MAX_TIMESTEPS, Betas
+from diffusion.unet import LatentUNet3DOutput, crop_at_end, pad_at_end
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
 
-    from .completion import DataFacts
+    from diffusion.completion import DataFacts
 
 REGIONS = ("head", "chest", "abdomen", "pelvis")  # of the body, in MAISI's order
 REGION_CLASSES = ("bottom_region", "top_region")  # the last and the first region that a volume shows
