@@ -38,8 +38,11 @@ class MaskVariant:
     def pipeline(
         self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None" = None
     ) -> "MedVolumePipeline":
-        """Put the networks together. Sizes are from 0 to 1, -1 where there is none; of their mean and standard
-        deviation, which nothing reads, those of equal frequency are stored."""
+        """Put the networks together.
+
+        Sizes are from 0 to 1, -1 where there is none. Of their mean and standard deviation, which nothing reads, those
+        of equal frequency are stored.
+        """
         from pipelines import MedVolumePipeline, SamplingSettings
         from volumes.description import ChannelScale, DataDescription, NumberStats
 
@@ -63,8 +66,10 @@ class MaskVariant:
 
 
 def with_labels(kind: Format, path: Path) -> Format:
-    """Return the format of the masks with the label values of a file. Raises: FileError naming the file and what does
-    not fit."""
+    """Return the format of the masks with the label values of a file.
+
+    Raises: FileError naming the file and what does not fit.
+    """
     of_output = read_outputs(path)
     outputs = sorted(of_output, key=lambda output: of_output[output][0])
     labels = {0: LABELS[0], **{of_output[output][0]: of_output[output][1] for output in outputs}}
@@ -74,8 +79,9 @@ def with_labels(kind: Format, path: Path) -> Format:
 
 
 def read_outputs(path: Path) -> dict[int, tuple[int, str]]:
-    """Read {name: [output, label value]} as {output: (label value, name)}. Names are those of `LABELS`, where the value
-    is there, so that pipelines with a ControlNet know them.
+    """Read {name: [output, label value]} as {output: (label value, name)}.
+
+    Names are those of `LABELS`, where the value is there, so that pipelines with a ControlNet know them.
 
     Raises: FileError unless each output but the first has one label, and each label value one output.
     """
@@ -95,8 +101,7 @@ def read_outputs(path: Path) -> dict[int, tuple[int, str]]:
         raise FileError(
             f"{path}: has no label for {len(missing)} outputs, such as {missing[0]}; add it as name: [output, value]"
         )
-    if len({value for value, _ in found.values()}) < len(found) or len({name for _, name in found.values()}) < len(
-        found
-    ):
+    values, names = zip(*found.values(), strict=True)
+    if len(set(values)) < len(found) or len(set(names)) < len(found):
         raise FileError(f"{path}: gives several outputs one label value, or one name")
     return found

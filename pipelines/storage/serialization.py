@@ -67,8 +67,8 @@ class PipelineIOMixin(DiffusionPipeline):
 
         Args:
             kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak, controlnet; None: the
-                folder's), `data`, and those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`)
-                or downloading them.
+                folder's), `data`, and those of diffusers' keywords that are about reading weights
+                (`autoencoder.weights.LOADING`) or downloading them.
         Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which
         is a ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a
         folder nor on the Hub; TypeError for keywords that it does not read.
