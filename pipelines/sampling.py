@@ -57,8 +57,8 @@ class SamplingConfig:
         guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
             such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
         without_scale: of that guidance, 1 for none; None for the pipeline's own.
-        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.monai.maisi_steps`; None for the pipeline's
-            own.
+        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.monai.maisi_steps`; None for the
+            pipeline's own.
         controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net, 1 as trained; None
             for the pipeline's own.
     Raises: ValueError naming the argument.

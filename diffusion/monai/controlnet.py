@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from autoencoder.layers import as_stride
 from autoencoder.model import VolumeModel
 from cli.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range
-from volumes import PADDING
-
 from diffusion.conditioning import ConditionSchema
 from diffusion.denoiser import CONTROLNET, LatentDenoiser
-from .unet import ControlResiduals, MonaiUNet3D
 from diffusion.unet import LatentUNet3DOutput
+from volumes import PADDING
+
+from .unet import ControlResiduals, MonaiUNet3D
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
-
     from diffusion.completion import DataFacts
 
 BITS = 8  # of a label value, each a channel, the lowest first

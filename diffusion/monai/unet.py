@@ -10,7 +10,6 @@ from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import Diff
 from torch import Tensor
 
 from cli.settings import InnerShare, NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne
-
 from diffusion.conditioning import ConditionSchema
 from diffusion.denoiser import LatentDenoiser
 from diffusion.objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
@@ -19,7 +18,6 @@ from diffusion.unet import LatentUNet3DOutput, crop_at_end, pad_at_end
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
-
     from diffusion.completion import DataFacts
 
 REGIONS = ("head", "chest", "abdomen", "pelvis")  # of the body, in MAISI's order

@@ -29,8 +29,8 @@ from autoencoder.weights import (
 from diffusion import LatentDenoiser, MonaiControlNet3D, check_guidance
 from diffusion.denoise import set_timesteps
 from diffusion.distillation import check_guidance_of_student
-from diffusion.monai.maisi_steps import with_maisi_steps
 from diffusion.monai.controlnet import controlled
+from diffusion.monai.maisi_steps import with_maisi_steps
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.inputs.masks import replaced_labels
