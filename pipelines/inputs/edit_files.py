@@ -94,7 +94,7 @@ def read_edits(source: str | Path, pipe: VolumePipeline, say: Callable[[str], ob
     """
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
-    schema, channels = pipe.denoiser.condition_schema, list(pipe.data.channels)
+    schema, channels = pipe.unet.condition_schema, list(pipe.data.channels)
     images = [IMAGE] if len(channels) == 1 else channels
     known = [*images, "mask", "region", "strength", "name", *schema.classes, *schema.numbers]
     rows = read_table(table, known)

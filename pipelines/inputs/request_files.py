@@ -140,7 +140,7 @@ def read_requests(
     """
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
-    schema = pipe.denoiser.condition_schema
+    schema = pipe.unet.condition_schema
     boxes = [BOX_IMAGE] if pipe.data.crop is not None and pipe.data.crop.channel is not None else []
     known = ["mask", *boxes, "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
     rows = read_table(table, known)
