@@ -1,6 +1,8 @@
 """Convert weights that others trained (MAISI, MONAI, Med-DDPM) into a folder of ours; and ours into what others run.
 
     medvolume convert --from maisi-rflow-ct --weights NV-Generate-CT --output weights/maisi-rflow-ct
+    medvolume convert --from maisi-masks --weights NV-Generate-CT --labels label_dict_124_to_132.json \
+        --output weights/maisi-masks
     medvolume convert --from monai-bundle --weights brats_mri_generative_diffusion --output weights/brats
     medvolume convert --from monai-autoencoderkl --weights autoencoder.pt --network autoencoder.json --value_range 0 1 \
         --output weights/own
@@ -8,9 +10,10 @@
     medvolume convert --to monai-bundle --pipeline shipped:hippocampus --output out/bundle
 
 Nothing in the files is run: a pickle that names a function or class beyond those of plain tensors is refused. Every
-tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, README.md with license and source,
-and provenance.json with the checksums of the files. Both networks of MAISI or of a bundle, and a checkpoint of
-Med-DDPM, are a pipeline, for generate.py.
+tensor's name and shape must be that of the network. Writes OUTPUT/vae, OUTPUT/unet, OUTPUT/controlnet (of what is
+there), README.md with license and source, and provenance.json with the checksums of the files. Autoencoder and U-Net of
+MAISI or of a bundle, and a checkpoint of Med-DDPM, are a pipeline, for generate.py; with MAISI's ControlNet it takes
+label maps.
 
 With --to a pipeline of ours is written for programs that do not have this package.
 """
@@ -24,7 +27,7 @@ from cli.settings import FiniteFloat, Number, PositiveFloat, PositiveInt
 from files.shipped import expand_path
 from interop.formats import FORMATS, TARGETS
 
-OF_READING = ("weights", "network", "value_range", "scale_factor", "shape", "spacing", "steps", "numbers")
+OF_READING = ("weights", "network", "value_range", "scale_factor", "labels", "shape", "spacing", "steps", "numbers")
 
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,6 +55,8 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     reading.add_argument("--network", type=Path, metavar="FILE", help=network_help)
     range_help = "intensities between which the autoencoder's training volumes lay, for weights that you trained"
     reading.add_argument("--value_range", nargs=2, type=Number(FiniteFloat), metavar=("LOW", "HIGH"), help=range_help)
+    labels_help = "what the outputs of MAISI's mask autoencoder are: NVIDIA's label_dict_124_to_132.json"
+    reading.add_argument("--labels", type=Path, metavar="FILE", help=labels_help)
     scale_help = "what the diffusion model's training multiplied latents by (the file's own, if it has one)"
     reading.add_argument("--scale_factor", type=Number(PositiveFloat), help=scale_help)
     bundle = parser.add_argument_group(
@@ -106,6 +111,7 @@ def main(args: Sequence[str] | None = None) -> None:
         scale_factor=options.scale_factor,
         license=options.license,
         bundle=bundle,
+        labels=options.labels,
     )
     for part in parts:
         dropped = f", {len(part.dropped)} unused ones left out" if part.dropped else ""

@@ -23,6 +23,7 @@ that grid. Where training cut its cases to a box (data.crop), the case's image s
 The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
 generated to match), and name, where the mask's stem should not be the name. Other columns are listed and not read.
+--classes gives a class to all volumes whose row, or case, has none: with --masks, to all.
 
 Steps and guidance are those of the pipeline's sampling.json, unless --steps, --guidance_scale, --guidance_interval,
 --autoguidance_scale, --guidance_without and --without_scale say otherwise. Each volume's seed is computed from --seed,
@@ -48,7 +49,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.command import ArgumentParser, next_step, run_command
-from cli.generation import add_run_arguments
+from cli.generation import add_run_arguments, class_pair
 from cli.settings import Number, PositiveFloat, PositiveInt, show_ranges
 from files.shipped import expand_path
 
@@ -79,6 +80,8 @@ def make_parser() -> ArgumentParser:
     )
     split_help = "masks and conditions of the cases of these splits; `evaluate.py dice` learns from all but test"
     source.add_argument("--split", nargs="+", choices=SPLITS, help=split_help)
+    classes_help = "class values of all volumes whose row or case has none, such as modality=ct"
+    parser.add_argument("--classes", nargs="+", type=class_pair, default=[], metavar="NAME=VALUE", help=classes_help)
     shape_help = "voxels, where no mask or image sets them"
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
     spacing_help = "of --shape, in mm (the model's)"
@@ -123,6 +126,7 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         conditions=options.conditions,
         data=None if options.split is None else data_section(options.config, options.root),
         splits=options.split or [],
+        classes=dict(options.classes),
         shape=options.shape,
         spacing=options.spacing,
         count=options.count,

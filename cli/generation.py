@@ -70,6 +70,14 @@ class LabelPairs(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def class_pair(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. modality=ct")
+    return name, value
+
+
 def label_pair(text: str) -> tuple[int | str, int | str]:
     """Parse VALUE=LABEL, each by value or by name."""
     value, _, label = text.rpartition("=")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .latents.cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
     from .med_ddpm.unet import MedDDPMUNet3D
-    from .monai_unet import MonaiUNet3D
+    from .monai.controlnet import MonaiControlNet3D
+    from .monai.unet import MonaiUNet3D
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
 
@@ -37,6 +38,7 @@ __all__ = [
     "LatentUNet3D",
     "MedDDPMUNet3D",
     "ModelMixin",
+    "MonaiControlNet3D",
     "MonaiUNet3D",
     "build_latent_cache",
     "check_guidance",

@@ -7,7 +7,7 @@ import diffusion
 from autoencoder import VolumeAutoencoder
 from volumes.description import NumberStats
 
-from .denoiser import LatentDenoiser
+from .denoiser import CONTROLNET, LatentDenoiser
 from .unet import LatentUNet3D
 
 
@@ -25,8 +25,13 @@ class DataFacts(Protocol):
 
 
 def denoiser_class(section: Mapping[str, Any]) -> type[LatentDenoiser]:
-    """Return the class of a model section; LatentUNet3D for one that is not of `diffusion`, which is refused later."""
+    """Return the class of a model section; LatentUNet3D for one that is not of `diffusion`, which is refused later.
+
+    Raises: ValueError for a ControlNet.
+    """
     package, _, name = str(section.get("class", "")).rpartition(".")
+    if (package, name) == ("diffusion", "MonaiControlNet3D"):
+        raise ValueError(f"model.class {package}.{name}: {CONTROLNET}")
     found = getattr(diffusion, name, None) if package == "diffusion" else None
     return found if isinstance(found, type) and issubclass(found, LatentDenoiser) else LatentUNet3D
 

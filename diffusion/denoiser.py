@@ -11,6 +11,7 @@ from autoencoder.model import VolumeModel
 from volumes.data.subjects import SubjectRecord
 
 from .conditioning import ConditionSchema
+from .folding import fold_mask
 from .objectives import TRAIN_STEPS, fit_scheduler, make_scheduler, shift_of
 from .scheduler_options import Betas, Scheduler
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
 
     from .completion import DataFacts
+
+
+CONTROLNET = (
+    "ControlNets are not trained here: give --init_from the folder of a U-Net (PIPELINE/unet), or train a "
+    "diffusion.LatentUNet3D, which masks condition"
+)
 
 
 class LossSettings(TypedDict):
@@ -44,6 +51,7 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
     shift_power: float = 0.5  # of the number of latent voxels, in the shift of timesteps
     mask_stride: tuple[int, int, int]  # of a model with masks
     bound: float | None = None  # largest absolute value of a clean latent, to which samplers clip; None if unknown
+    mask_halo: int = 0  # latent voxels around one, whose labels its embedding depends on
 
     @classmethod
     @abstractmethod
@@ -106,6 +114,12 @@ class LatentDenoiser(VolumeModel, PeftAdapterMixin, ABC):
         """Build a scheduler for this model, see `make_scheduler`. The model's own `bound` comes first."""
         bound = bound if self.bound is None else self.bound
         return make_scheduler(self.config["objective"], self.train_steps, name=name, bound=bound, betas=self.betas)
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """Embed label indices (B, X, Y, Z) as the mask's channels (B, C, h, w, d). Raises: ValueError for a model
+        without masks, and for indices that are not labels."""
+        ids = fold_mask(labels, self.mask_stride, self.num_labels, partial=self.takes_partial_masks)
+        return self.embed_mask(ids)
 
     def embed_mask(self, ids: Tensor) -> Tensor:
         """Raise ValueError: this model takes no masks."""

@@ -20,7 +20,7 @@ from .formats import Format
 
 if TYPE_CHECKING:
     from autoencoder import MonaiAutoencoderKL
-    from diffusion import MonaiUNet3D
+    from diffusion import MonaiControlNet3D, MonaiUNet3D
     from pipelines import MedVolumePipeline
 
 CONFIG = "configs/inference.json"
@@ -97,8 +97,10 @@ class BundlePipeline:
     spacing: tuple[float, float, float]
     steps: int
 
-    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
-        """Put the networks together.
+    def pipeline(
+        self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None" = None
+    ) -> "MedVolumePipeline":
+        """Put the networks together; a bundle has no ControlNet.
 
         Numbers lie in [0, 1], as the zoo's bundles expect them. Of their mean and standard deviation, which nothing
         reads, those of equal frequency are stored.
@@ -108,6 +110,7 @@ class BundlePipeline:
         from pipelines import MedVolumePipeline, SamplingSettings
         from volumes.description import ChannelScale, DataDescription, NumberStats
 
+        assert controlnet is None
         x, y, z = self.spacing
         data = DataDescription(
             channels=(CHANNEL,),

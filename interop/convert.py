@@ -21,6 +21,7 @@ from pipelines.storage.provenance import software
 
 from .bundle_reader import BundleOptions, read_bundle
 from .formats import FORMATS, STATES, Format, Part
+from .maisi_masks import with_labels
 from .networks import PEERS, Peer, build_empty, config_of, peer_of, renamed
 from .pickles import StoredTensor, TorchFile
 
@@ -99,10 +100,12 @@ def convert(
     scale_factor: float | None = None,
     license: str | None = None,
     bundle: BundleOptions | None = None,
+    labels: Path | None = None,
 ) -> list[Converted]:
-    """Convert weights, and write OUTPUT/vae, OUTPUT/unet, README.md and provenance.json. Nothing of the files is run.
+    """Convert weights, and write a folder for each network, README.md and provenance.json. Nothing of the files is run.
 
-    Where all networks of a format are there, the folder is a pipeline.
+    The folders are OUTPUT/vae, OUTPUT/unet and OUTPUT/controlnet. Where all networks that a format's pipeline needs are
+    there, OUTPUT is a pipeline.
 
     Args:
         format_name: a name in `FORMATS`.
@@ -114,14 +117,17 @@ def convert(
         scale_factor: what the diffusion model's training multiplied latents by; of the file if it has one.
         license: of the weights, for formats that do not fix it; generated volumes will name it.
         bundle: what the configs of a bundle do not say.
+        labels: JSON file with the label value of each output, {name: [output, value]}, for MAISI's masks.
     Returns: the networks that were written.
     Raises: ValueError naming the file and what does not fit: names, shapes, values, or code in a pickle.
     """
     kind = FORMATS[format_name]
     bundle = bundle or BundleOptions()
-    _check_options(format_name, kind, network, license, bundle)
+    _check_options(format_name, kind, network, license, bundle, labels)
     if kind.identify is not None and not (value_range is None and scale_factor is None):
         raise ValueError(f"{format_name}: it has no autoencoder; omit --value_range and --scale_factor")
+    if labels is not None:
+        kind = with_labels(kind, labels)
     if kind.is_bundle:
         kind, value_range = read_bundle(kind, weights, bundle, value_range)
     arguments = None
@@ -144,17 +150,18 @@ def convert(
             config["value_range"] = _value_range(format_name, kind, value_range)
             config.update(_statistics(config, scale_factor))
         elif value_range is not None and len(sources) == 1:
-            raise ValueError("value_range: this is a U-Net, which sees latents; give it with the autoencoder")
+            raise ValueError("value_range: this network sees latents; give it with the autoencoder")
         parts.append(_fit(name, peer, source, config | {"license": restricted} | dict(part.settings), part.dropped))
     if output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output}: holds files already; give a new folder")
-    whole = kind.variant is not None and len(parts) == len(kind.parts)
+    needed = {PEERS[part.peers[0]].folder for part in kind.parts if not part.optional}
+    whole = kind.variant is not None and needed <= {part.peer.folder for part in parts}
     if whole and scale_factor is None and any(part.peer.folder == "vae" for part in parts):
         raise FileError(f"{weights}: no file has a scale_factor, which a pipeline needs; give it with --scale_factor")
     with atomic_parts(output, PROVENANCE) as unfinished:
         models: Any = {part.peer.folder: part.model().eval() for part in parts}
         if whole and kind.variant is not None:
-            _save_pipeline(kind, models.get("vae"), models["unet"], unfinished, kind.config or weights)
+            _save_pipeline(kind, models, unfinished, kind.config or weights)
         else:
             for folder, model in models.items():
                 model.save_pretrained(unfinished / folder)
@@ -164,11 +171,14 @@ def convert(
     return parts
 
 
-def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) -> None:
-    """Write the networks as a pipeline. Raises: ValueError naming `path` if they, or their settings, do not fit."""
+def _save_pipeline(kind: Format, models: Mapping[str, Any], folder: Path, path: Path) -> None:
+    """Write the networks, by their places, as a pipeline.
+
+    Raises: ValueError naming `path` if they, or their settings, do not fit.
+    """
     assert kind.variant is not None
     try:
-        kind.variant.pipeline(vae, unet).save_pretrained(folder)
+        kind.variant.pipeline(**{"vae": None} | dict(models)).save_pretrained(folder)
     except FileError:
         raise
     except ValueError as error:
@@ -176,9 +186,21 @@ def _save_pipeline(kind: Format, vae: Any, unet: Any, folder: Path, path: Path) 
 
 
 def _check_options(
-    format_name: str, kind: Format, network: Path | None, license: str | None, bundle: BundleOptions
+    format_name: str,
+    kind: Format,
+    network: Path | None,
+    license: str | None,
+    bundle: BundleOptions,
+    labels: Path | None,
 ) -> None:
     """Raise ValueError for options that a format does not take, or lacks."""
+    if labels is not None and not kind.takes_labels:
+        raise ValueError(f"{format_name}: its labels are known, or there are none; omit --labels")
+    if labels is None and kind.takes_labels:
+        raise ValueError(
+            f"{format_name}: give configs/label_dict_124_to_132.json of NVIDIA's NV-Generate-CTMR, which says what the "
+            "outputs of the autoencoder are: --labels FILE"
+        )
     if bundle.given and not kind.is_bundle:
         raise ValueError(f"{format_name}: {', '.join(bundle.given)} belongs to --from monai-bundle; omit it")
     given = any(part.arguments is None for part in kind.parts) and not kind.is_bundle
@@ -271,7 +293,7 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
     """
     if not weights.is_dir():
         source = read_source(weights, kind.states)
-        for part in kind.parts:
+        for part in reversed(kind.parts):  # a ControlNet's tensors have the names of a U-Net's, and more
             marker = PEERS[part.peers[0]].marker
             if any(name.startswith((marker, f"module.{marker}")) for name in source.state):
                 return [(part, source)]
@@ -284,6 +306,8 @@ def _sources(format_name: str, kind: Format, weights: Path) -> list[tuple[Part, 
             raise FileError(f"{weights}: is a folder; give the file of weights")
         places = [folder / name for name in part.files for folder in (weights, weights / "models")]
         path = next((place for place in places if place.is_file()), None)
+        if path is None and part.optional:
+            continue
         if path is None:
             raise FileError(f"{weights}: has no {' or '.join(part.files)}, there or in models/; or give one file")
         found.append((part, read_source(path, kind.states)))

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentDenoiser
+from diffusion import LatentDenoiser, MonaiControlNet3D
 from files.atomic import atomic_folder
 from files.documents import FileError, read_object
 from files.paths import printable
 from files.shipped import expand_path
 from pipelines import MedVolumePipeline
 from pipelines.storage.documents import document_files
-from pipelines.storage.loading import load_autoencoder, load_unet
+from pipelines.storage.loading import load_autoencoder, load_controlnet, load_unet
 from pipelines.storage.provenance import software
 from volumes.description import DataDescription
 
@@ -67,7 +67,7 @@ OF_UNET = """\
 
 @dataclass(frozen=True)
 class Networks:
-    """What a folder has: autoencoder, U-Net, or both.
+    """What a folder has: autoencoder, U-Net, or both, and perhaps a ControlNet.
 
     Attributes:
         labels: value in the masks' files, and name; none where there is no description of the data.
@@ -75,19 +75,24 @@ class Networks:
 
     vae: VolumeAutoencoder[Any] | None
     unet: LatentDenoiser | None
+    controlnet: MonaiControlNet3D | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "Networks":
-        """Load what is in vae/ and unet/. Raises: FileError if neither is there."""
+        """Load what is in vae/, unet/ and controlnet/. Raises: FileError if neither of the first two is there."""
         has = {part: (folder / part / "config.json").is_file() for part in ("vae", "unet")}
         if not any(has.values()):
             raise FileError(
                 f"{folder}: has neither vae/config.json nor unet/config.json; give the folder of a pipeline"
             )
         index = folder / "model_index.json"
-        labels = DataDescription.from_json(read_object(index).get("data")).labels if index.is_file() else {}
-        return cls(load_autoencoder(folder) if has["vae"] else None, load_unet(folder) if has["unet"] else None, labels)
+        return cls(
+            load_autoencoder(folder) if has["vae"] else None,
+            load_unet(folder) if has["unet"] else None,
+            load_controlnet(folder) if (folder / "controlnet").is_dir() else None,
+            DataDescription.from_json(read_object(index).get("data")).labels if index.is_file() else {},
+        )
 
     def license(self, given: str | None, folder: Path) -> str:
         """Return the license of the weights: that of a config, or the one that was given, or where to look for it.
@@ -124,6 +129,8 @@ def export(target: str, pipeline: Path, output: Path, license: str | None = None
             text, notes = RUN, write_bundle(pipe, unfinished, license)
         else:
             text = WRITERS[target](networks, unfinished)
+            if networks.controlnet is not None and target != "monai-weights":
+                notes = ["The ControlNet is left out, and with it the label maps that condition the U-Net."]
         docs = unfinished if pipe is None else unfinished / "docs"
         docs.mkdir(exist_ok=True)
         for name, path in documents_of(folder).items():
@@ -170,13 +177,15 @@ def write_weights(networks: Networks, folder: Path) -> str:
     """Write the weights of MONAI's classes, under MONAI's names, and their arguments. Returns: how to use them.
 
     Files are laid out as MAISI's scripts write them: vae.pt is a bare state dict, unet.pt has it as unet_state_dict,
-    beside scale_factor and num_train_timesteps. vae.json and unet.json are for MONAI's ConfigParser;
-    vae.network.json and unet.network.json say what MONAI's classes do not know, too, for our `--network`.
+    beside scale_factor and num_train_timesteps, controlnet.pt as controlnet_state_dict. vae.json, unet.json and
+    controlnet.json are for MONAI's ConfigParser; NETWORK.network.json says what MONAI's classes do not know, too, for
+    our `--network`.
 
     Raises: ValueError for a network that is not MONAI's.
     """
     lines = ["| file | class of MONAI | arguments | to convert it back: --network |", "|---|---|---|---|"]
-    for part, model in {"vae": networks.vae, "unet": networks.unet}.items():
+    models = {"vae": networks.vae, "unet": networks.unet, "controlnet": networks.controlnet}
+    for part, model in models.items():
         if model is None:
             continue
         name = peer_name(model)
@@ -184,6 +193,8 @@ def write_weights(networks: Networks, folder: Path) -> str:
         if isinstance(model, LatentDenoiser):
             content = {"unet_state_dict": content, "num_train_timesteps": model.train_steps}
             content |= {} if networks.vae is None else {"scale_factor": torch.tensor(_scale_factor(networks.vae))}
+        elif isinstance(model, MonaiControlNet3D):
+            content = {"controlnet_state_dict": content}
         torch.save(content, folder / f"{part}.pt")
         arguments = arguments_of(name, model.config)
         told = {f"{part}.json": arguments, f"{part}.network.json": arguments | _beside(model)}

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from autoencoder import MonaiAutoencoderKL
-    from diffusion import MonaiUNet3D
+    from diffusion import MonaiControlNet3D, MonaiUNet3D
     from pipelines import MedVolumePipeline
     from volumes.description import DataDescription
+
+from .maisi_labels import BODY, LABELS
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 SHIFT_VOXELS = 32**3  # latent voxels at which timesteps are not shifted
 DROPPED = 0.1  # how often its training left the modality out
 MODALITY = "modality"
+MASK_SPACING = 1.5  # mm, of label maps that are generated
+SIZES = (  # of organs and tumors, in the order of the mask diffusion's input
+    *("gallbladder", "liver", "stomach", "pancreas", "colon"),
+    *("lung_tumor", "pancreatic_tumor", "hepatic_tumor", "colon_cancer_primaries", "bone_lesion"),
+)
 Scale = tuple[Literal["window", "percentile"], float, float, tuple[float, float] | None]  # of `ChannelScale`
 HOUNSFIELD: Scale = ("window", -1000.0, 1000.0, None)
 PERCENTILES: Scale = ("percentile", 0.0, 1000.0, (0.0, 99.5))  # a file's unit is a thousandth of the upper one
@@ -67,20 +74,22 @@ class Variant:
             "condition_dropout": {MODALITY: DROPPED},
         }
 
-    def description(self, unet: "MonaiUNet3D") -> "DataDescription":
+    def description(self, unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None") -> "DataDescription":
         """Return what is known of its training set.
 
         Of the voxel sizes that is a range. Their mean and standard deviation are those of equal frequency; nothing
-        reads them.
+        reads them. With a ControlNet, voxels that a mask calls background are set to air, as MAISI's script does.
         """
-        from diffusion.monai_unet import SPACING
+        from diffusion.monai.unet import SPACING
         from volumes.description import ChannelScale, DataDescription, NumberStats
 
         x, y, z = self.spacing
         ranges = dict(zip(SPACING, (self.spacings[0], *self.spacings), strict=True))
         return DataDescription(
             channels=(self.channel,),
-            labels={},
+            labels={} if controlnet is None else dict(LABELS),
+            common_labels=None if controlnet is None else (BODY,),
+            background_threshold=None if controlnet is None else -1.0,
             spacing=None,
             intensity=(ChannelScale(*self.scale),),
             shape_range=(self.shapes[0], self.shapes[1]),
@@ -90,12 +99,14 @@ class Variant:
             grid_numbers=SPACING,
         )
 
-    def pipeline(self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D") -> "MedVolumePipeline":
+    def pipeline(
+        self, vae: "MonaiAutoencoderKL", unet: "MonaiUNet3D", controlnet: "MonaiControlNet3D | None" = None
+    ) -> "MedVolumePipeline":
         """Put the networks together. Raises: ValueError if they do not fit."""
         from pipelines import MedVolumePipeline, SamplingSettings
 
         scheduler = unet.new_scheduler(None if self.flow else "DDPMScheduler")
-        pipe = MedVolumePipeline(vae, unet, scheduler, self.description(unet))
+        pipe = MedVolumePipeline(vae, unet, scheduler, self.description(unet, controlnet), controlnet=controlnet)
         guidance = None if self.guidance == 1 else {MODALITY: self.guidance}
         pipe.sampling_settings = SamplingSettings(self.steps, guidance, maisi_steps=False if self.flow else None)
         return pipe

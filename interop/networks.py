@@ -12,7 +12,8 @@ from autoencoder.model import VolumeModel
 from autoencoder.monai.kl import MonaiAutoencoderKL
 from autoencoder.monai.vq import MonaiVQVAE
 from diffusion.med_ddpm.unet import MedDDPMUNet3D
-from diffusion.monai_unet import MonaiUNet3D
+from diffusion.monai.controlnet import BITS, MonaiControlNet3D
+from diffusion.monai.unet import MonaiUNet3D
 
 from . import med_ddpm
 
@@ -42,6 +43,7 @@ MAISI_AUTOENCODER: Renames = (
 # Layers of MONAI Generative's self-attention that its forward pass never used. Nor does MONAI's without `include_fc`.
 UNUSED_AUTOENCODER = r"(?:module\.)?(?:en|de)coder\.blocks\.\d+\.proj_attn\.(?:weight|bias)"
 UNUSED_UNET = r".+\.(?:attentions\.\d+|attention)\.proj_attn\.(?:weight|bias)"
+OF_MAISI = ("trilinear", "transposed_3")  # how MAISI's autoencoders upsample
 GENERATIVE = "generative."  # the package of MONAI Generative
 UNET: Renames = (
     (r"(.+\.(?:attentions\.\d+|attention))\.(to_[qkv])\.(weight|bias)", r"network.\1.attn.\2.\3"),
@@ -50,6 +52,7 @@ UNET: Renames = (
     (r"(up_blocks\.\d+\.upsampler)\.conv\.conv\.(weight|bias)", r"network.\1.postconv.conv.\2"),
     (r"(.+)", r"network.\1"),
 )
+CONTROLNET: Renames = ((r"controlnet_cond_embedding\.(.+)", r"embedding.\1"), *UNET)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,10 @@ _AUTOENCODER = _SHARED | {
 _UNET = _SHARED | {
     **{name: name for name in ("resblock_updown", "num_head_channels", "transformer_num_layers")},
     **{name: name for name in ("cross_attention_dim", "num_class_embeds", "upcast_attention")},
+}
+_CONTROLNET = {name: ours for name, ours in _SHARED.items() if name != "out_channels"} | {
+    **{name: name for name in ("resblock_updown", "num_head_channels", "num_class_embeds", "upcast_attention")},
+    "conditioning_embedding_num_channels": "embedding_channels",
 }
 _AUTOENCODER_DEFAULTS = {
     "num_res_blocks": 2,
@@ -200,6 +207,16 @@ PEERS = {
         "https://github.com/mobaidoctor/med-ddpm",
         fixed={},
     ),
+    "ControlNetMaisi": Peer(
+        MonaiControlNet3D,
+        "controlnet",
+        _CONTROLNET,
+        _UNET_DEFAULTS | {"attention_output": False, "embedding_channels": [16, 32, 96, 256]},
+        CONTROLNET,
+        "controlnet_cond_embedding.",
+        f"{_MAISI_NETWORKS}.controlnet_maisi",
+        fixed=FIXED | {"conditioning_embedding_in_channels": (BITS,)},
+    ),
 }
 
 
@@ -263,8 +280,8 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
             )
         config["takes_regions"] = True
     if transposed:
-        config["upsampling"] = "transposed"
-    if isinstance(count := config.get("num_class_embeds"), int):
+        config["upsampling"] = "transposed_3" if config.get("upsampling") in OF_MAISI else "transposed"
+    if isinstance(count := config.get("num_class_embeds"), int) and peer.folder == "unet":
         config |= {"classes": {"label": [str(label) for label in range(count)]}, "class_labels": [*range(count)]}
     for name in ("num_res_blocks", "num_head_channels", "num_res_channels", *LEVELS):
         one = isinstance(value := config.get(name), int) or (name in LEVELS and _are_numbers(value))
@@ -284,10 +301,12 @@ def peer_name(model: VolumeModel) -> str:
     """Return the class of MONAI whose weights a model of ours holds. Raises: ValueError if there is none."""
     config = model.config
     if isinstance(model, MonaiAutoencoderKL):
-        return "AutoencoderKlMaisi" if config["upsampling"] == "trilinear" else "AutoencoderKL"
+        return "AutoencoderKlMaisi" if config["upsampling"] in OF_MAISI else "AutoencoderKL"
     if isinstance(model, MonaiUNet3D):
         is_maisi = config["takes_spacing"] or config["takes_regions"]
         return "DiffusionModelUNetMaisi" if is_maisi else "DiffusionModelUNet"
+    if isinstance(model, MonaiControlNet3D):
+        return "ControlNetMaisi"
     if isinstance(model, MonaiVQVAE):
         raise ValueError("a VQVAE is not written back; keep the file that it was converted from")
     raise ValueError(f"{type(model).__name__} is not a network of MONAI; export it with --to torch-export")
@@ -306,9 +325,13 @@ def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, object]:
     if config.get("numbers_as_channels"):
         arguments["in_channels"] = config["in_channels"] + len(config["context_numbers"])
     if peer.folder == "vae":
-        arguments["use_convtranspose"] = config["upsampling"] == "transposed"
-    else:
+        arguments["use_convtranspose"] = config["upsampling"] in ("transposed", "transposed_3")
+        if logits := config.get("label_logits"):
+            arguments["out_channels"] = len(logits) + 1
+    elif peer.folder == "unet":
         arguments["with_conditioning"] = config["cross_attention_dim"] is not None
+    else:
+        arguments["conditioning_embedding_in_channels"] = BITS
     if name == "DiffusionModelUNetMaisi":
         arguments |= {f"include_{end}_region_index_input": config["takes_regions"] for end in ("top", "bottom")}
     return arguments

@@ -16,6 +16,7 @@ from diffusion import (
     LatentDenoiser,
     LatentUNet3D,
     MedDDPMUNet3D,
+    MonaiControlNet3D,
     MonaiUNet3D,
     check_guidance,
     denoise,
@@ -24,6 +25,7 @@ from diffusion.attention import check_attention_backend
 from diffusion.denoise import Autoguidance
 from diffusion.distillation import check_guidance_of_student
 from diffusion.guidance import Guidance, autoguidance_in_effect, interval_in_effect
+from diffusion.monai.controlnet import controlled
 from diffusion.scheduler_options import Scheduler
 from pipelines.inputs.conditions import (
     check_conditions,
@@ -38,14 +40,14 @@ from pipelines.inputs.images import check_images, describe_images
 from pipelines.inputs.masks import check_whole, describe_mask, source_name
 from pipelines.inputs.prepared import EncodedGrid, PreparedGrid, PreparedVolume
 from pipelines.inputs.request import VolumeRequest
-from pipelines.storage.loading import check_autoguidance, check_components, check_fit, check_weak
+from pipelines.storage.loading import check_autoguidance, check_components, check_control, check_fit, check_weak
 from pipelines.storage.output import check_paths
 from pipelines.storage.provenance import (
     recorded_guidance,
     software,
 )
 from pipelines.storage.record import GenerationRecord
-from pipelines.storage.sampling_settings import SamplingSettings
+from pipelines.storage.sampling_settings import SamplingSettings, check_conditioning_scale
 from pipelines.storage.serialization import PipelineIOMixin
 from volumes.description import DataDescription
 from volumes.foreground import box_to_json
@@ -82,7 +84,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     """
 
     model_cpu_offload_seq = "unet->unet_weak->vae"
-    _optional_components = ["unet_weak"]
+    _optional_components = ["unet_weak", "controlnet"]
 
     def __init__(
         self,
@@ -92,9 +94,11 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         scheduler: SchedulerMixin,
         data: DataDescription | Mapping[str, object] | None = None,
         unet_weak: LatentUNet3D | MonaiUNet3D | MedDDPMUNet3D | None = None,
+        controlnet: MonaiControlNet3D | None = None,
     ):
         super().__init__()
-        check_components({"vae": vae, "unet": unet, "scheduler": scheduler, "unet_weak": unet_weak})
+        optional = {"unet_weak": unet_weak, "controlnet": controlnet}
+        check_components({"vae": vae, "unet": unet, "scheduler": scheduler, **optional})
         if data is None:  # diffusers takes an argument without a default for a module
             name = type(self).__name__
             raise ValueError(
@@ -102,10 +106,12 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 f"the pipeline of the components, or use {name}.from_pipe(pipe)"
             )
         self._data = data if isinstance(data, DataDescription) else DataDescription.from_json(data)
-        check_fit(vae, unet, self._data)
+        if controlnet is not None:
+            check_control(unet, unet_weak, controlnet, self._data)
+        check_fit(vae, controlled(unet, controlnet), self._data)
         if unet_weak is not None:
             check_weak(unet, unet_weak)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, unet_weak=unet_weak)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, **optional)
         self.register_to_config(data=self._data.to_json())
         self.volume_processor = VolumeProcessor(self._data, [side * unet.stride for side in vae.stride])
         residual_noise = self._data.residual_noise
@@ -128,20 +134,22 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         sampling = sampling.filled(self.sampling_settings)
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
         check_guidance_of_student(self.unet, sampling.guidance_scale, sampling.autoguidance_scale, sampling.without)
+        check_conditioning_scale(sampling.controlnet_conditioning_scale, self.controlnet)
+        denoiser = self.denoiser
         timed(self._scheduler(sampling), sampling, self._execution_device)
-        replaced = replaced_by(self.unet, self.data.labels, sampling.without)
+        replaced = replaced_by(denoiser, self.data.labels, sampling.without)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
         for request in requests:
             key = request.grid_key
             if key not in read:
-                check_images(self.unet, self.data, request.images)
-                check_grid_source(self.unet, request)
+                check_images(denoiser, self.data, request.images)
+                check_grid_source(denoiser, request)
                 grid = None
                 if request.mask is not None:
                     of_box = request.image_of_box(self.data.crop)
                     grid = self.volume_processor.preprocess(request.mask, request.label_map, of_box)
-                    if grid.labels is not None and not self.unet.takes_partial_masks:
+                    if grid.labels is not None and not denoiser.takes_partial_masks:
                         check_whole(grid.labels, source_name(request.mask))
                 elif request.shape is not None:
                     grid = self.volume_processor.preprocess_shape(request.shape, request.spacing)
@@ -154,7 +162,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     record = replace(record, guidance_without=None, guidance_interval=interval)
                 read[key] = grid, record
             grid, record = read[key]
-            classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
+            classes, numbers = check_conditions(denoiser, self.data, request.classes, request.numbers, grid.grid)
             record = replace(record, classes=classes or None, numbers=numbers or None)
             box = None if grid.cropped is None else box_to_json(grid.cropped.box)
             record = replace(record, resampled=dict(grid.resampled) or None, box=box)
@@ -195,6 +203,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             autoguidance_scale=None if autoguidance == 1 else autoguidance,
             unet_weak=None if autoguidance == 1 else self.unet_weak_hash,
             guidance_without=sampling.without,
+            controlnet_conditioning_scale=None if request.mask is None else sampling.control_scale,
             settings_from=sampling.settings_from,
             scheduler=recorded_scheduler(self._scheduler(sampling)),
             dtype=self._dtypes(),
@@ -213,7 +222,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         """Raises: ValueError for a guidance scale that the model, or the conditions of these volumes together, cannot
         have."""
         names = {name for volume in volumes for name in volume.condition_names}
-        check_guidance(scale, self.unet.condition_schema.dropout, names)
+        check_guidance(scale, self.denoiser.condition_schema.dropout, names)
         check_guidance_of_student(self.unet, scale, None)
 
     # Prepared volumes -> latents -> volumes
@@ -245,6 +254,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 "the volumes were prepared for other sampling settings, which their records name; prepare them again"
             )
         networks = self._networks(sampling, volumes)
+        parts = [self.vae, self.unet, *networks[1:], *([] if self.controlnet is None else [self.controlnet])]
         for unread in sampling.without_effect if step_end is None or step_end.callback is None else ():
             warnings.warn(f"{unread}; it is not used", stacklevel=2)
         for unet in networks:
@@ -261,7 +271,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             return recorded_guidance(scale)
 
         in_effect(sampling.guidance_scale)
-        with self._call_state() as state, one_at_a_time(self.vae, *networks):
+        with self._call_state() as state, one_at_a_time(*parts):
             encoded = {grid: self._encode(grid) for grid in dict.fromkeys(volume.grid for volume in volumes)}
             keys = [(sample.prepared.shape, sample.record.guidance_without is None) for sample in samples]
             for numbers in equal_batches(keys, sampling.batch_size):
@@ -276,15 +286,17 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 prepared, calls = [sample.prepared for sample in batch], []
                 conditions = [condition_tensors(unet, prepared, device, images) for unet in networks]
                 denoised = denoise(
-                    self.unet,
+                    networks[0],
                     initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
                     schedulers[batch[0].prepared.shape],
                     conditions[0],
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
                     autoguidance=self._autoguidance(sampling, conditions),
-                    contrasts=contrasts(self.unet, self.data.labels, sampling.without, prepared, conditions[0], device),
-                    schema=self.unet.condition_schema,
+                    contrasts=contrasts(
+                        networks[0], self.data.labels, sampling.without, prepared, conditions[0], device
+                    ),
+                    schema=networks[0].condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
                     generator=[sample.generator for sample in batch],
@@ -303,11 +315,11 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         return samples
 
     def _networks(self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume]) -> list[LatentDenoiser]:
-        """The U-Nets of a call: the pipeline's, and with autoguidance the weaker one. Raises: ValueError if it is not
-        the one that the records of the volumes name."""
+        """The U-Nets of a call: the pipeline's, with its ControlNet, and with autoguidance the weaker one. Raises:
+        ValueError if it is not the one that the records of the volumes name."""
         check_autoguidance(sampling.autoguidance_scale, self.unet_weak)
         if self.unet_weak is None or autoguidance_in_effect(sampling.autoguidance_scale) == 1:
-            return [self.unet]
+            return [controlled(self.unet, self.controlnet, sampling.controlnet_conditioning_scale)]
         weak = self.unet_weak_hash
         if any(volume.record.unet_weak != weak for volume in volumes):
             raise ValueError("the volumes were prepared for another weaker U-Net (unet_weak); prepare them again")

@@ -26,7 +26,7 @@ from pipelines.export.formats import check_exports, export
 from pipelines.inputs.case_requests import case_requests
 from pipelines.inputs.masks import LabelMap
 from pipelines.inputs.prepared import PreparedVolume
-from pipelines.inputs.request import VolumeRequest
+from pipelines.inputs.request import Classes, VolumeRequest
 from pipelines.inputs.request_files import mask_requests, read_requests
 from pipelines.pipeline import MedVolumePipeline
 from pipelines.planning import PlannedVolume, check_memory, plan_volumes, prepared_volumes, volume_path, volume_seed
@@ -97,6 +97,7 @@ class BatchConfig(RunConfig):
     """One generation command.
 
     Attributes:
+        classes: of all volumes, where a row or a case has none.
         shape, spacing: of the volumes, where no file sets them.
         masks: folders, patterns or files; without them, `conditions` and `data`, `count` volumes are generated.
         mask_pipeline: a pipeline that generates `count` masks first.
@@ -105,6 +106,7 @@ class BatchConfig(RunConfig):
         copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
     """
 
+    classes: Classes = field(default_factory=dict)
     shape: Sequence[int] | None = None
     spacing: Sequence[float] | None = None
     masks: Sequence[str] = ()
@@ -124,7 +126,8 @@ class BatchConfig(RunConfig):
         requests = self._sources(load, say)
         if self.shape and any(request.files for request in requests):
             raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
-        return [replace(request, shape=self.shape, spacing=self.spacing) for request in requests]
+        own = {"shape": self.shape, "spacing": self.spacing}
+        return [replace(request, classes={**self.classes, **request.classes}, **own) for request in requests]
 
     def _sources(self, load: Callable[[], VolumePipeline], say: Callable[[str], object]) -> Sequence[VolumeRequest]:
         if self.mask_pipeline is not None:
@@ -166,7 +169,7 @@ def generate_to_disk(
     check_count(requests, config.count)
     rejection = config.rejection(pipe, requests)
     requests = [with_options(request, config) for request in requests]
-    partial = pipe.unet.takes_partial_masks
+    partial = pipe.denoiser.takes_partial_masks
     check_exports(config.exports, config.output, pipe.data, requests, config.count, partial=partial)
     sources = {volume_path(config.output, one.name, k): one for one in requests for k in range(config.count)}
     requests, ks = share_of(requests, config.count, state)
@@ -222,6 +225,7 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
             without_scale=None,
         ),
         label_map={},
+        classes={},
         lora=None,
         unet_weak=None,
         copy_check=None,

@@ -43,6 +43,7 @@ class MedVolumePipeline(VolumePipeline):
         data: the description of the training set (`volumes.describe`), or its JSON, which model_index.json keeps.
         unet_weak: a weaker version of the U-Net for `autoguidance_scale`, such as a smaller one, or an earlier
             checkpoint.
+        controlnet: MAISI's ControlNet, by which masks condition a U-Net that was trained without (`interop`).
     """
 
     @torch.no_grad()
@@ -73,6 +74,7 @@ class MedVolumePipeline(VolumePipeline):
         residual_noise: bool = True,
         box_image: ImageLike | Sequence[ImageLike] | None = None,
         spacing: Sequence[float] | None = None,
+        controlnet_conditioning_scale: float | None = None,
     ) -> MedVolumePipelineOutput:
         """Generate volumes.
 
@@ -141,6 +143,8 @@ class MedVolumePipeline(VolumePipeline):
                 nothing. Without it the whole grid is generated, unless `image` has that channel.
             spacing: (x, y, z) in mm between the voxels of `shape`. Default: that of the model's template. A model of
                 volumes of one spacing generates at its own, and the volume is resampled.
+            controlnet_conditioning_scale: for a pipeline with a ControlNet: factor of what it adds to the U-Net, 0 or
+                more; 1 is as trained. Default: that of the pipeline, or 1.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images,
         the guidance, the generators, the sigmas, the output type, the scheduler, the paths; all of it before the first
@@ -151,6 +155,7 @@ class MedVolumePipeline(VolumePipeline):
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         guidance: Any = {"guidance_interval": guidance_interval, "autoguidance_scale": autoguidance_scale}
         guidance |= {"guidance_without": guidance_without, "without_scale": without_scale}
+        guidance |= {"controlnet_conditioning_scale": controlnet_conditioning_scale}
         sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **guidance)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image, spacing)

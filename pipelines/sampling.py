@@ -22,18 +22,18 @@ from diffusion.guidance import (
     guidance_in_effect,
     interval_in_effect,
 )
-from diffusion.maisi_steps import with_maisi_steps
+from diffusion.monai.maisi_steps import with_maisi_steps
 from diffusion.scheduler_options import MIN_NOISE, Scheduler
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
 from pipelines.storage.record import GenerationRecord, WithoutRecord
-from pipelines.storage.sampling_settings import SamplingSettings, replaced_names, scale_without
+from pipelines.storage.sampling_settings import SamplingSettings, conditioning_scale, replaced_names, scale_without
 from volumes.formats.carriers import as_array
 
 DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
 OF_PIPELINE = (  # in sampling.json
     *("num_inference_steps", "guidance_scale", "guidance_interval", "autoguidance_scale"),
-    *("guidance_without", "without_scale", "maisi_steps"),
+    *("guidance_without", "without_scale", "maisi_steps", "controlnet_conditioning_scale"),
 )
 WITHOUT_SCALE = 2.0  # of `guidance_without`
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -57,8 +57,10 @@ class SamplingConfig:
         guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
             such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
         without_scale: of that guidance, 1 for none; None for the pipeline's own.
-        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.maisi_steps`; None for the pipeline's
-            own.
+        maisi_steps: whether steps are those of MAISI's sampler, see `diffusion.monai.maisi_steps`; None for the
+            pipeline's own.
+        controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net, 1 as trained; None
+            for the pipeline's own.
     Raises: ValueError naming the argument.
     """
 
@@ -73,6 +75,7 @@ class SamplingConfig:
     guidance_without: Mapping[str | int, str | int] | None = None
     without_scale: float | None = None
     maisi_steps: bool | None = None
+    controlnet_conditioning_scale: float | None = None
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -83,6 +86,9 @@ class SamplingConfig:
             "batch_size": whole_number("batch_size", self.batch_size),
             "guidance_without": None if self.guidance_without is None else replaced_names(self.guidance_without),
             "without_scale": None if self.without_scale is None else scale_without(self.without_scale),
+            "controlnet_conditioning_scale": None
+            if self.controlnet_conditioning_scale is None
+            else conditioning_scale(self.controlnet_conditioning_scale),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -123,7 +129,13 @@ class SamplingConfig:
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
         guidance = self.guidance_scale, self.interval, autoguidance_in_effect(self.autoguidance_scale)
-        return self.steps, self.sigmas, *guidance, self.without, self.residual_noise, bool(self.maisi_steps)
+        others = self.residual_noise, bool(self.maisi_steps), self.control_scale
+        return self.steps, self.sigmas, *guidance, self.without, *others
+
+    @property
+    def control_scale(self) -> float | None:
+        """The factor of what a ControlNet adds, as it is recorded; None for 1."""
+        return None if self.controlnet_conditioning_scale == 1 else self.controlnet_conditioning_scale
 
     @property
     def interval(self) -> Interval | None:

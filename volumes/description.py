@@ -158,7 +158,8 @@ class DataDescription:
         maps: what the training set's label maps have in common; None for images that are not label maps.
         residual_noise: a model of the residual noise per channel; None if it was not measured.
         background_threshold: for volumes whose background is empty (`DataConfig.empty_background`): where no mask says
-            what is background, it is where every decoded channel, in [-1, 1], is below this. None for other volumes.
+            what is background, it is where every decoded channel, in [-1, 1], is below this; -1, below which nothing
+            is, leaves it to masks. None for other volumes.
         description: free text.
     """
 
@@ -352,7 +353,7 @@ def _noise(value: Any, channels: int) -> tuple[ChannelNoise, ...] | None:
 def _threshold(value: Any, labels: Mapping[int, str]) -> float | None:
     if value is None:
         return None
-    _expect(_numbers([value], 1) and -1 < value < 1, "background_threshold", value, "a number between -1 and 1")
+    _expect(_numbers([value], 1) and -1 <= value < 1, "background_threshold", value, "a number from -1 to below 1")
     _expect(0 in labels, "background_threshold", value, "none, for the labels have no 0, the background")
     return float(value)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from monai.networks.blocks import Convolution, Upsample
 from monai.networks.nets.autoencoderkl import AutoencoderKL
 from torch import Tensor, nn
 
@@ -38,9 +39,13 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         encoder_attention, decoder_attention: whether the coarsest level ends, or starts, with attention between two
             more residual blocks (MONAI's with_encoder_nonlocal_attn, with_decoder_nonlocal_attn).
         attention_output: whether attention ends in a linear layer (MONAI's include_fc).
-        upsampling: "nearest" (MONAI), "trilinear" (MAISI), each before a convolution, or "transposed" convolutions.
+        upsampling: "nearest" (MONAI), "trilinear" (MAISI), each before a convolution, or "transposed" convolutions, of
+            two voxels a side (MONAI) or of three, "transposed_3" (MAISI).
         value_range: the intensities that the original takes for our -1 and 1; MAISI's are 0 and 1.
         latents_mean, latents_std: statistics of the raw latents: 0, and one over the original's scale factor.
+        label_logits: for a network that generates label maps, as logits of a background, output 0, and of labels: the
+            output of each channel of the volume, which is the label's probability less that of the background. So the
+            largest channel above 0 is the label. None for images. The volume that is encoded is MAISI's eight bits.
         channel_names: names of several image channels, in order.
         license: of the weights, where generated volumes must name it.
         data: how its training volumes were prepared (`volumes.data.preprocessing`).
@@ -52,6 +57,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
     _repeated_blocks = ["AEKLResBlock"]
     latents_for_training = "mode"  # the noise of MAISI's posterior is a quarter of its latents' variance
 
+    # Long: half are its arguments, and those of MONAI's class.
     @register_to_config
     def __init__(
         self,
@@ -70,6 +76,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         value_range: Sequence[FiniteFloat] = (-1.0, 1.0),
         latents_mean: Sequence[LatentMean] | None = None,
         latents_std: Sequence[LatentStd] | None = None,
+        label_logits: Sequence[PositiveInt] | None = None,
         channel_names: Sequence[str] | None = None,
         license: str | None = None,
         data: dict[str, object] | None = None,
@@ -81,15 +88,17 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
                 f"channels {channels}, num_res_blocks {num_res_blocks} and attention_levels {attention_levels} need "
                 "one entry per level"
             )
-        if upsampling not in ("nearest", "trilinear", "transposed"):
-            raise ValueError(f"upsampling is {upsampling!r}; it is nearest, trilinear or transposed")
+        if upsampling not in ("nearest", "trilinear", "transposed", "transposed_3"):
+            raise ValueError(f"upsampling is {upsampling!r}; it is nearest, trilinear, transposed or transposed_3")
+        if label_logits is not None and sorted(label_logits) != list(range(1, out_channels + 1)):
+            raise ValueError(f"label_logits: give each of 1 to out_channels, {out_channels}, once")
         intensity_scale(value_range)
         self.patch_size = as_stride(1)
         self.stride = as_stride(2 ** (len(channels) - 1))
         network = AutoencoderKL(
             spatial_dims=3,
             in_channels=in_channels,
-            out_channels=out_channels,
+            out_channels=out_channels + (0 if label_logits is None else 1),
             num_res_blocks=num_res_blocks,
             channels=channels,
             attention_levels=attention_levels,
@@ -98,7 +107,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
             norm_eps=norm_eps,
             with_encoder_nonlocal_attn=encoder_attention,
             with_decoder_nonlocal_attn=decoder_attention,
-            use_convtranspose=upsampling == "transposed",
+            use_convtranspose=upsampling in ("transposed", "transposed_3"),
             include_fc=attention_output,
         )
         self.encoder, self.decoder = network.encoder, network.decoder
@@ -107,6 +116,9 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         for module in self.decoder.modules():
             if isinstance(module, nn.Upsample) and upsampling == "trilinear":
                 module.mode = "trilinear"
+        for module in self.decoder.modules():
+            if isinstance(module, Upsample) and upsampling == "transposed_3":
+                _transpose_by_three(module)
         allow_slabs(self)
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
         self._check_statistics(latents_mean, latents_std)
@@ -116,7 +128,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
         upsampled volume still has the channels of the coarser level.
         """
         widths = self.config["channels"]
-        largest = max(widths[0], *widths[1:2])
+        largest = max(widths[0], *widths[1:2], self.config["out_channels"])
         elements = math.prod(shape) * batch * largest
         return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
 
@@ -150,7 +162,7 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
             x = FeatureMap(spool)
             x.append(self._raw(z).transpose(2, 4))
             for slab in self._coder(self.decoder, spool).run(x):
-                yield ((slab - shift) / scale).transpose(2, 4).contiguous()
+                yield self._voxels(slab, scale, shift).transpose(2, 4).contiguous()
 
     def _encoded_slabs(self, slabs: Iterable[Tensor]) -> Iterator[Tensor]:
         if torch.is_grad_enabled():
@@ -188,7 +200,14 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
 
     def _decode(self, z: Tensor) -> Tensor:
         scale, shift = intensity_scale(self.config["value_range"])
-        return (self.decoder(self._raw(z)) - shift) / scale
+        return self._voxels(self.decoder(self._raw(z)), scale, shift)
+
+    def _voxels(self, decoded: Tensor, scale: float, shift: float) -> Tensor:
+        """Return the network's outputs (B, C, ...) as channels between -1 and 1."""
+        if (outputs := self.config["label_logits"]) is None:
+            return (decoded - shift) / scale
+        shares = decoded.softmax(dim=1)
+        return shares[:, list(outputs)] - shares[:, :1]
 
     def _raw(self, z: Tensor) -> Tensor:
         """Return what the decoder takes for standardized latents."""
@@ -197,3 +216,23 @@ class MonaiAutoencoderKL(VolumeAutoencoder[DiagonalGaussian3D]):
 
     def _distribution(self, encoded: Tensor) -> DiagonalGaussian3D:
         return DiagonalGaussian3D(encoded, *self._statistics(encoded))
+
+
+def _transpose_by_three(block: Upsample) -> None:
+    """Replace a transposed convolution of two voxels a side by MAISI's, of three, where interpolation would have its
+    convolution."""
+    [width] = {layer.in_channels for layer in block.modules() if isinstance(layer, nn.ConvTranspose3d)}
+    del block.deconv
+    block.add_module(
+        "postconv",
+        Convolution(
+            spatial_dims=3,
+            in_channels=width,
+            out_channels=width,
+            strides=2,
+            kernel_size=3,
+            padding=1,
+            conv_only=True,
+            is_transposed=True,
+        ),
+    )

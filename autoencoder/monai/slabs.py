@@ -150,8 +150,10 @@ class SlabCoder:
     def _upsampling(self, x: FeatureMap, layers: Mapping[str, Any]) -> FeatureMap:
         if "deconv" in layers:
             return self._stored(self._transposed(x, layers["deconv"]))
-        upsample, conv = layers["upsample_non_trainable"], layers["postconv"].conv
-        return self._stored(self._convolution(x, conv, upsample=upsample))
+        conv = layers["postconv"].conv
+        if isinstance(conv, nn.ConvTranspose3d):
+            return self._stored(self._transposed(x, conv))
+        return self._stored(self._convolution(x, conv, upsample=layers["upsample_non_trainable"]))
 
     def _residual(self, x: FeatureMap, block: Any) -> FeatureMap:
         """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), where a 1x1x1 convolution may change the channels of x."""

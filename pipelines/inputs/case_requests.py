@@ -72,7 +72,7 @@ def check_label_names(data: DataConfig, pipe: VolumePipeline, label_map: LabelMa
 
 
 def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline, masks: Path) -> VolumeRequest:
-    schema = pipe.unet.condition_schema
+    schema = pipe.denoiser.condition_schema
     if case.phantom is not None:
         raise ValueError(f"{case.name}: is a phantom, which has no files to generate from; use --masks or --conditions")
     if schema.mask and case.mask is None and not schema.dropout.get("mask"):
@@ -165,7 +165,7 @@ def _box_image(case: Case, data: DataConfig, pipe: VolumePipeline) -> Path | Tim
 def _check_conditions(data: DataConfig, pipe: VolumePipeline) -> None:
     """Raises: ValueError if the data has conditions that the model does not know, or lacks a channel that it is
     given."""
-    schema = pipe.unet.condition_schema
+    schema = pipe.denoiser.condition_schema
     unknown = sorted({*data.classes, *data.numbers} - {*schema.classes, *schema.numbers})
     missing = [name for name, _ in schema.images if name not in data.channels]
     remedy = "take the pipeline that was trained with this config"

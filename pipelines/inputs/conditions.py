@@ -12,7 +12,7 @@ import torch
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.losses.reconstruction import cells_inside
-from diffusion import Conditions, LatentDenoiser, fold_images, fold_mask
+from diffusion import Conditions, LatentDenoiser, fold_images
 from pipelines.storage.record import WithoutRecord
 from pipelines.volume_processor import VolumeProcessor
 from volumes import PADDING, Volume, grid_numbers
@@ -172,11 +172,13 @@ def contrasts(
 
 def _embedded(unet: LatentDenoiser, masks: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
     """Return label indices (X, Y, Z) as the masks of a batch, (B, mask_width, h, w, d)."""
-    planes, embedded = LATENT_PLANES * unet.mask_stride[2], []
-    labels, partial = unet.config["num_labels"], unet.takes_partial_masks
-    for start in range(0, masks[0].shape[2], planes):  # folded ids are far larger than labels and embedding
-        part = torch.from_numpy(np.stack([mask[..., start : start + planes] for mask in masks]))
-        embedded.append(unet.embed_mask(fold_mask(part.to(device), unet.mask_stride, labels, partial=partial)))
+    stride, halo, embedded = unet.mask_stride[2], unet.mask_halo, []
+    depth = masks[0].shape[2] // stride
+    for start in range(0, depth, LATENT_PLANES):  # folded ids, or bits, are far larger than labels and embedding
+        first, last = max(start - halo, 0), min(start + LATENT_PLANES + halo, depth)
+        part = torch.from_numpy(np.stack([mask[..., first * stride : last * stride] for mask in masks]))
+        slab = unet.embed_labels(part.to(device))
+        embedded.append(slab[..., start - first : min(start + LATENT_PLANES, depth) - first])
     return torch.cat(embedded, dim=4)
 
 

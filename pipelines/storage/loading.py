@@ -3,7 +3,7 @@ fit.
 """
 
 import importlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from autoencoder import (
     SpaceToDepth3D,
     VolumeAutoencoder,
 )
-from diffusion import LatentDenoiser
+from diffusion import LatentDenoiser, MonaiControlNet3D
 from diffusion.guidance import autoguidance_in_effect
+from diffusion.monai.controlnet import check_controlnet
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
 from files.documents import FileError, read_object
@@ -42,8 +43,9 @@ COMPONENTS: dict[str, tuple[str, type]] = {
     "unet": ("diffusion", LatentDenoiser),
     "scheduler": ("diffusers", SchedulerMixin),
     "unet_weak": ("diffusion", LatentDenoiser),
+    "controlnet": ("diffusion", MonaiControlNet3D),
 }
-OPTIONAL = ("unet_weak",)  # components that a pipeline may do without
+OPTIONAL = ("unet_weak", "controlnet")  # components that a pipeline may do without
 SCHEDULERS = tuple(dict.fromkeys([*FLOW_SCHEDULERS, *DIFFUSION_SCHEDULERS]))  # others are refused before one is built
 
 
@@ -257,6 +259,18 @@ def load_unet(folder: str | Path) -> LatentDenoiser:
     return unet_class.from_pretrained(found).eval().requires_grad_(False)
 
 
+def load_controlnet(folder: str | Path) -> MonaiControlNet3D:
+    """Load the ControlNet in the subfolder controlnet/ of a pipeline's folder, for inference.
+
+    Raises: FileError if there is none; ValueError if its weights do not fit.
+    """
+    found = Path(expand_path(str(folder))) / "controlnet"
+    if not (found / "config.json").is_file():
+        raise FileError(f"{folder}: no ControlNet there (controlnet/config.json); give the folder of a pipeline")
+    _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
+    return MonaiControlNet3D.from_pretrained(found).eval().requires_grad_(False)
+
+
 def check_fit(vae: VolumeAutoencoder, unet: LatentDenoiser, data: DataDescription) -> None:
     """Raise ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
@@ -281,11 +295,30 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentDenoiser, data: DataDescriptio
     check_described(vae, unet, data)
     if not unet.condition_schema.mask:
         return
-    if unet.config["num_labels"] != len(data.labels):
-        raise ValueError(
-            f"the U-Net knows {unet.config['num_labels']} labels, data names {len(data.labels)}: {data.labels}"
-        )
+    if unet.num_labels != len(data.labels):
+        raise ValueError(f"the U-Net knows {unet.num_labels} labels, data names {len(data.labels)}: {data.labels}")
     if tuple(unet.mask_stride) != tuple(vae.stride):
         raise ValueError(
             f"the U-Net folds masks by {unet.mask_stride}, the autoencoder's stride is {vae.stride}; they must agree"
         )
+
+
+def check_control(
+    unet: LatentDenoiser, weak: LatentDenoiser | None, controlnet: MonaiControlNet3D, data: DataDescription
+) -> None:
+    """Raise ValueError if a ControlNet does not belong to this U-Net and these labels, and beside a weaker U-Net, which
+    it would not steer."""
+    if weak is not None:
+        raise ValueError("controlnet and unet_weak: a pipeline has one of them; leave one out")
+    check_controlnet(unet, controlnet)
+    values = [*getattr(controlnet, "_orig_mod", controlnet).config["label_values"]]
+    if values != sorted(data.labels):
+        raise ValueError(
+            f"the ControlNet knows the label values {_shown(values)}, data names {_shown(sorted(data.labels))}; give "
+            "the `data` that the pipeline of the ControlNet has"
+        )
+
+
+def _shown(values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:4])) or "none"
+    return f"{shown}, ... ({len(values)} in all)" if len(values) > 4 else shown

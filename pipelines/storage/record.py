@@ -16,6 +16,7 @@ LEFT_OUT = (
     "unet_weak",
     "network_calls",
     "guidance_without",
+    "controlnet_conditioning_scale",
     "resampled",
     "box",
     "box_image",
@@ -85,6 +86,7 @@ class GenerationRecord:
         unet_weak: hash of the weaker U-Net of that guidance, as `unet_hash` is; None for none.
         guidance_without: labels without which the mask was what the volume was guided away from; None for none, and for
             a mask that has none of them.
+        controlnet_conditioning_scale: factor of what the ControlNet adds; None for 1, and for volumes without it.
         settings_from: {"num_inference_steps", "guidance_scale", ...}: "call", "pipeline" (its sampling.json) or
             "default".
         network_calls: how often U-Nets were called for the volume; None before it is generated.
@@ -116,6 +118,7 @@ class GenerationRecord:
     autoguidance_scale: float | None = None
     unet_weak: str | None = None
     guidance_without: WithoutRecord | None = None
+    controlnet_conditioning_scale: float | None = None
     settings_from: Mapping[str, str] | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
     dtype: str = ""

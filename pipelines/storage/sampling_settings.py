@@ -33,7 +33,8 @@ class SamplingSettings:
             these labels.
         without_scale: of that guidance; 1 means none.
         maisi_steps: whether Euler takes the steps of MAISI's own sampler, which are too long by about 1 %, so that
-            volumes equal MAISI's; false takes the exact ones (`diffusion.maisi_steps`).
+            volumes equal MAISI's; false takes the exact ones (`diffusion.monai.maisi_steps`).
+        controlnet_conditioning_scale: factor of what the pipeline's ControlNet adds to the U-Net; 1 if absent.
     Raises: ValueError naming the setting.
     """
 
@@ -44,6 +45,7 @@ class SamplingSettings:
     guidance_without: dict[str, str | int] | None = None
     without_scale: NonNegativeFloat | None = None
     maisi_steps: bool | None = None
+    controlnet_conditioning_scale: NonNegativeFloat | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_interval is not None:
@@ -78,6 +80,24 @@ def scale_without(value: Any) -> float:
     if scale < 0:
         raise ValueError(f"without_scale is a number of 0 or more (1 is no guidance, 2 to 4 are usual); got {value!r}")
     return scale
+
+
+def conditioning_scale(value: Any) -> float:
+    """Convert `controlnet_conditioning_scale` of a call. Raises: ValueError unless it is a finite number of 0 or
+    more."""
+    scale = real_number("controlnet_conditioning_scale", value)
+    if scale < 0:
+        raise ValueError(f"controlnet_conditioning_scale is a number of 0 or more (1 is as trained); got {value!r}")
+    return scale
+
+
+def check_conditioning_scale(scale: float | None, controlnet: object) -> None:
+    """Raise ValueError for a scale of a ControlNet that the pipeline does not have."""
+    if scale is not None and controlnet is None:
+        raise ValueError(
+            f"controlnet_conditioning_scale {scale:g}: the pipeline has no ControlNet (`medvolume convert` reads those "
+            "of MAISI); omit it"
+        )
 
 
 def read_sampling(folder: Path) -> SamplingSettings:

@@ -26,10 +26,11 @@ from autoencoder.weights import (
     loading_keywords,
     not_on_the_hub,
 )
-from diffusion import check_guidance
+from diffusion import LatentDenoiser, MonaiControlNet3D, check_guidance
 from diffusion.denoise import set_timesteps
 from diffusion.distillation import check_guidance_of_student
-from diffusion.maisi_steps import with_maisi_steps
+from diffusion.monai.controlnet import controlled
+from diffusion.monai.maisi_steps import with_maisi_steps
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.inputs.masks import replaced_labels
@@ -40,9 +41,17 @@ from .documents import CARD, DOCUMENTS, hub_card, read_documents, write_document
 from .loading import COMPONENTS as PARTS
 from .loading import OPTIONAL, check_autoguidance, check_folder, check_weak, load_unet
 from .provenance import Tensors, content_hash, memory_tensors, stored_tensors
-from .sampling_settings import REMEDY, SAMPLING, SamplingSettings, read_sampling, write_sampling
+from .sampling_settings import (
+    REMEDY,
+    SAMPLING,
+    SamplingSettings,
+    check_conditioning_scale,
+    read_sampling,
+    write_sampling,
+)
 
-COMPONENTS = ("vae", "unet")  # that the model's hash names
+COMPONENTS = ("vae", "unet")  # that the model's hash names, with the ControlNet if there is one
+CONTROLNET = "controlnet"
 WEIGHTS = (*COMPONENTS, *OPTIONAL)
 INDEX = "model_index.json"
 _hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
@@ -57,9 +66,9 @@ class PipelineIOMixin(DiffusionPipeline):
         """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
 
         Args:
-            kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak; None: the folder's),
-                `data`, and those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`)
-                or downloading them.
+            kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak, controlnet; None: the
+                folder's), `data`, and those of diffusers' keywords that are about reading weights
+                (`autoencoder.weights.LOADING`) or downloading them.
         Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which
         is a ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a
         folder nor on the Hub; TypeError for keywords that it does not read.
@@ -193,12 +202,13 @@ class PipelineIOMixin(DiffusionPipeline):
     def _check_sampling(self, *, with_steps: bool = True) -> None:
         """Raises: ValueError for settings of its own by which the model cannot sample: a guidance scale of conditions
         that training never dropped, and steps that the scheduler does not have."""
-        settings, schema = self.sampling_settings, self.unet.condition_schema
+        settings, schema = self.sampling_settings, self.denoiser.condition_schema
         check_guidance(settings.guidance_scale, schema.dropout, schema.names)
         check_autoguidance(settings.autoguidance_scale, self.unet_weak)
         own = settings.guidance_scale, settings.autoguidance_scale, settings.guidance_without
         check_guidance_of_student(self.unet, *own)
-        replaced_labels(self.unet, self.data.labels, settings.guidance_without or {})
+        replaced_labels(self.denoiser, self.data.labels, settings.guidance_without or {})
+        check_conditioning_scale(settings.controlnet_conditioning_scale, self.controlnet)
         if settings.maisi_steps and with_steps:
             with_maisi_steps(self.unet.fitted(self.scheduler))
         if with_steps and settings.num_inference_steps is not None:
@@ -228,6 +238,7 @@ class PipelineIOMixin(DiffusionPipeline):
 
     sampling_settings: SamplingSettings
     documents: dict[str, bytes]
+    controlnet: MonaiControlNet3D | None
     _data: DataDescription
 
     @property
@@ -238,17 +249,24 @@ class PipelineIOMixin(DiffusionPipeline):
     @property
     def license(self) -> str | None:
         """The license of the weights, where generated volumes must name it; None for weights without such terms."""
-        return self.vae.config.get("license") or self.unet.config.get("license")
+        models = [getattr(self, name) for name in (*COMPONENTS, CONTROLNET)]
+        return next((text for model in models if model is not None and (text := model.config.get("license"))), None)
+
+    @property
+    def denoiser(self) -> LatentDenoiser:
+        """The network that the conditions of a call are for: the U-Net, with the ControlNet if there is one."""
+        return controlled(self.unet, self.controlnet)
 
     @property
     def model_hash(self) -> str:
-        """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
+        """sha256 over configs and weights of autoencoder, U-Net and ControlNet, and over `data`: the model's name in
+        every sidecar.
 
         Of a loaded component the stored tensors count, so that half precision and offloading change nothing, whichever
         pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do;
         what is noticed says `autoencoder.identity`. LoRAs that act, and their scales, count as well.
         """
-        weights = self._hash_of(COMPONENTS)
+        weights = self._hash_of(COMPONENTS if self.controlnet is None else (*COMPONENTS, CONTROLNET))
         loras = lora_digest(self.unet)
         return weights if loras is None else hashlib.sha256(f"{weights} {loras}".encode()).hexdigest()
 
@@ -267,7 +285,7 @@ class PipelineIOMixin(DiffusionPipeline):
         given = {name: getattr(self, name) if part is None else part for name in names}
         parts = {name: getattr(one, "_orig_mod", one) for name, one in given.items()}  # beneath compile
         configs = {name: dict(part.config) for name, part in parts.items()}
-        if names == COMPONENTS:
+        if names[:2] == COMPONENTS:
             configs = {"data": self.config["data"], **configs}
         with _lock:  # of several calls one computes it
             records = {name: weights_record(part) for name, part in parts.items()}
@@ -285,14 +303,15 @@ class PipelineIOMixin(DiffusionPipeline):
 
     def _dtypes(self) -> str:
         """Every type that weights are computed or stored in: more than one if only a part was cast."""
-        models: list[Any] = [getattr(self, name) for name in COMPONENTS]
+        parts = [getattr(self, name) for name in (*COMPONENTS, CONTROLNET)]
+        models: list[Any] = [part for part in parts if part is not None]
         types = {model.dtype for model in models} | {p.dtype for model in models for p in model.parameters()}
         return " ".join(sorted(str(one).removeprefix("torch.") for one in types))
 
 
 def _others(given: Mapping[str, Any]) -> bool:
     """Return whether one of these components has other weights than the folder's, whose documents are not about it."""
-    return any(given.get(name) is not None for name in COMPONENTS)
+    return any(given.get(name) is not None for name in (*COMPONENTS, CONTROLNET))
 
 
 def _copy_files(source: Path, target: Path) -> None:

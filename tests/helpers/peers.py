@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import nn
 
 from interop import formats
@@ -15,6 +17,7 @@ NARROW_VAE = {**formats._MAISI_VAE, "num_channels": [8, 16], "norm_num_groups": 
 NARROW_VAE["attention_levels"] = [False, False]
 NARROW_UNET = {"num_channels": [8, 16], "norm_num_groups": 8, "num_head_channels": [0, 8], "num_res_blocks": 1}
 NARROW_UNET["attention_levels"] = [False, True]
+NARROW_EMBEDDING = {"conditioning_embedding_num_channels": [8, 16]}  # of two levels, as the narrow autoencoder
 
 
 def random_weights(network: nn.Module, seed: int = 0) -> Any:
@@ -38,19 +41,35 @@ def maisi_unet(name: str, seed: int = 1) -> DiffusionModelUNetMaisi:
     return random_weights(DiffusionModelUNetMaisi(**{**formats.FORMATS[name].parts[1].arguments, **NARROW_UNET}), seed)
 
 
+def maisi_controlnet(name: str, seed: int = 2) -> ControlNetMaisi:
+    """MAISI's ControlNet of a format."""
+    arguments = {**formats.FORMATS[name].parts[2].arguments, **NARROW_UNET, **NARROW_EMBEDDING}
+    return random_weights(ControlNetMaisi(**arguments, use_checkpointing=False), seed)
+
+
 def narrow(monkeypatch: Any, name: str) -> None:
     """Make a format of MAISI expect narrow networks."""
     kind = formats.FORMATS[name]
-    vae, unet = kind.parts
+    vae, unet, *others = kind.parts
     parts = [
         replace(vae, arguments=NARROW_VAE),
         replace(unet, arguments={**(unet.arguments or {}), **NARROW_UNET}),
+        *(replace(one, arguments={**(one.arguments or {}), **NARROW_UNET, **NARROW_EMBEDDING}) for one in others),
     ]
     monkeypatch.setitem(formats.FORMATS, name, replace(kind, parts=parts))
 
 
+def write_controlnet(folder: Path, name: str) -> ControlNetMaisi:
+    """Write the ControlNet of a format of MAISI as its training script does, in models/. Returns it."""
+    controlnet = maisi_controlnet(name)
+    content = {"epoch": 3, "loss": 0.5, "controlnet_state_dict": controlnet.state_dict()}
+    torch.save(content, folder / "models" / formats.FORMATS[name].parts[2].files[0])
+    return controlnet
+
+
 def write_maisi(folder: Path, name: str, scale_factor: float = 1.25) -> tuple[nn.Module, nn.Module]:
-    """Write the files of a format of MAISI as its scripts do, in models/. Returns the networks in them."""
+    """Write the files of a format of MAISI as its scripts do, in models/, without the ControlNet. Returns the networks
+    in them."""
     vae, unet = maisi_autoencoder(), maisi_unet(name)
     (folder / "models").mkdir(parents=True)
     torch.save(vae.state_dict(), folder / "models" / formats.FORMATS[name].parts[0].files[0])
@@ -58,6 +77,31 @@ def write_maisi(folder: Path, name: str, scale_factor: float = 1.25) -> tuple[nn
     content["unet_state_dict"] = unet.state_dict()
     torch.save(content, folder / "models" / formats.FORMATS[name].parts[1].files[0])
     return vae, unet
+
+
+def write_masks(folder: Path, outputs: int) -> tuple[nn.Module, nn.Module]:
+    """Write MAISI's mask autoencoder, of so many outputs, and its mask diffusion as its scripts do. Returns them."""
+    vae, unet = (part.arguments or {} for part in formats.FORMATS["maisi-masks"].parts)
+    vae = random_weights(AutoencoderKlMaisi(**{**vae, "out_channels": outputs}, num_splits=1, save_mem=False), 3)
+    unet = random_weights(DiffusionModelUNet(**unet), 4)
+    (folder / "models").mkdir(parents=True)
+    torch.save(vae.state_dict(), folder / "models/mask_generation_autoencoder.pt")
+    content = {"unet_state_dict": unet.state_dict(), "scale_factor": 1.0055984258651733}
+    torch.save(content, folder / "models/mask_generation_diffusion_unet.pt")
+    return vae, unet
+
+
+def narrow_masks(monkeypatch: Any, outputs: int) -> None:
+    """Make the format of MAISI's masks expect narrow networks, of so many outputs."""
+    kind = formats.FORMATS["maisi-masks"]
+    vae, unet = kind.parts
+    narrow_vae = {**(vae.arguments or {}), "out_channels": outputs, "num_channels": [8, 16], "norm_num_groups": 8}
+    narrow_vae |= {"num_res_blocks": [1, 1], "attention_levels": [False, False]}
+    narrow_unet = {**(unet.arguments or {}), **NARROW_UNET, "channels": NARROW_UNET["num_channels"]}
+    del narrow_unet["num_channels"]
+    parts = [replace(vae, arguments=narrow_vae), replace(unet, arguments=narrow_unet)]
+    monkeypatch.setitem(formats.FORMATS, "maisi-masks", replace(kind, parts=parts))
+    monkeypatch.setattr("interop.maisi_masks.OUTPUTS", outputs)
 
 
 def old_name(key: str) -> str:

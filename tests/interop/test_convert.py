@@ -6,6 +6,7 @@ import peers
 import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.data import MetaTensor
 from monai.networks.nets.autoencoderkl import AutoencoderKL
@@ -24,7 +25,7 @@ from pipelines import MedVolumePipeline, read_sidecar
 from pipelines.decoding import VolumeDecoder
 from pipelines.storage.loading import load_autoencoder
 
-MAISI = [name for name in FORMATS if name.startswith("maisi")]
+MAISI = [name for name in FORMATS if name.startswith("maisi") and name != "maisi-masks"]
 TOLERANCE = 1e-5  # of the range
 
 
@@ -50,14 +51,20 @@ def assert_same_coding(ours: MonaiAutoencoderKL, theirs, scale_factor: float, lo
 def test_tables_are_those_of_the_published_networks():
     """Names and shapes of all tensors, at full width, against MONAI's classes and the counts of the published files."""
     known = {"maisi-ddpm-ct": (372, 169_370_884), "maisi-rflow-ct": (435, 180_500_868)}
+    controls = {"maisi-ddpm-ct": (196, 68.64), "maisi-rflow-ct": (231, 72.04)}  # millions
+    originals = (AutoencoderKlMaisi, DiffusionModelUNetMaisi, ControlNetMaisi)
     for name in MAISI:
-        for part, original in zip(FORMATS[name].parts, (AutoencoderKlMaisi, DiffusionModelUNetMaisi), strict=True):
+        assert len(FORMATS[name].parts) == (3 if name in controls else 2)
+        for part, original in zip(FORMATS[name].parts, originals, strict=False):
             peer = PEERS[part.peers[0]]
             expected = expected_shapes(peer, config_of(peer, part.arguments))
             with torch.device("meta"):
                 theirs = original(**part.arguments).state_dict()
             assert {renamed(key, peer.renames): tuple(t.shape) for key, t in theirs.items()} == expected
             counts = len(expected), sum(t.numel() for t in theirs.values())
+            if peer.folder == "controlnet":
+                assert (counts[0], round(counts[1] / 1e6, 2)) == controls[name]
+                continue
             unet = known.get(name, known["maisi-rflow-ct"])
             assert counts == ((130, 20_944_897) if peer.folder == "vae" else unet)
 

@@ -16,7 +16,7 @@ from monai.networks.schedulers.rectified_flow import RFlowScheduler
 from tiny import tiny_data, tiny_pipeline
 
 from diffusion import make_scheduler
-from diffusion.maisi_steps import with_maisi_steps
+from diffusion.monai.maisi_steps import with_maisi_steps
 from diffusion.objectives import fit_scheduler
 from generate import main as generate
 from interop.convert import convert

@@ -122,7 +122,8 @@ def test_the_weaker_unet_travels_with_the_folder(pipe, tmp_path):
         assert loaded.sampling_settings == pipe.sampling_settings and loaded.unet_weak_hash == pipe.unet_weak_hash
     again = MedVolumePipeline.from_pipe(loaded)
     again.set_progress_bar_config(disable=True)
-    assert again.unet_weak is loaded.unet_weak and set(again.components) == {"vae", "unet", "scheduler", "unet_weak"}
+    components = {"vae", "unet", "scheduler", "unet_weak", "controlnet"}
+    assert again.unet_weak is loaded.unet_weak and set(again.components) == components
     assert torch.equal(latents(again, num_inference_steps=None), expected)
     assert again.to(torch.float16).unet_weak.dtype == torch.float16
     half = MedVolumePipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)

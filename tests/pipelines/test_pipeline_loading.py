@@ -192,7 +192,7 @@ def test_keywords_that_nothing_reads_are_refused(folder, tmp_path):
             MedVolumePipeline.from_pretrained(folder, **{keyword: value})
     for dtype in ("bfloat16", {"transformer": torch.bfloat16}, np.float16):
         with pytest.raises(
-            ValueError, match="give a torch.dtype such as torch.bfloat16, or a dict of them by vae, unet, unet_weak, de"
+            ValueError, match="give a torch.dtype such as torch.bfloat16, or a dict of them by vae, unet, unet_weak, co"
         ):
             MedVolumePipeline.from_pretrained(folder, dtype=dtype)
     assert not (tmp_path / "out").exists()

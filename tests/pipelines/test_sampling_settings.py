@@ -168,7 +168,7 @@ def test_an_edit_takes_its_share_of_the_pipelines_own_steps():
         ('{"guidance_scale": 1e999}', "guidance_scale: got inf, expected a number, 0 or more"),
         ('{"guidance_scale": [2]}', r"guidance_scale: got \[2\], expected a number, 0 or more"),
         ('{"guidance": 2}', "guidance: is not a setting; did you mean guidance_scale?"),
-        ('{"_class_name": "X"}', "_class_name: is not a setting; valid here: autoguidance_scale, guidance_interval"),
+        ('{"_class_name": "X"}', "_class_name: is not a setting; valid here: autoguidance_scale, controlnet_"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_file_name_and_value(folder, content, said):

@@ -10,22 +10,21 @@ from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import Diff
 from torch import Tensor
 
 from cli.settings import InnerShare, NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne
-
-from .conditioning import ConditionSchema
-from .denoiser import LatentDenoiser
-from .objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
-from .scheduler_options import MAX_TIMESTEPS, Betas
-from .unet import LatentUNet3DOutput, crop_at_end, pad_at_end
+from diffusion.conditioning import ConditionSchema
+from diffusion.denoiser import LatentDenoiser
+from diffusion.objectives import FLOW_MAP, FLOWS, MAX_SHIFT_VOXELS, check_objective, check_shift, check_train_steps
+from diffusion.scheduler_options import MAX_TIMESTEPS, Betas
+from diffusion.unet import LatentUNet3DOutput, crop_at_end, pad_at_end
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
-
-    from .completion import DataFacts
+    from diffusion.completion import DataFacts
 
 REGIONS = ("head", "chest", "abdomen", "pelvis")  # of the body, in MAISI's order
 REGION_CLASSES = ("bottom_region", "top_region")  # the last and the first region that a volume shows
 SPACING = ("spacing_x", "spacing_y", "spacing_z")
 UNIT = 100.0  # by which MAISI multiplies mm, and the one-hots of regions
+ControlResiduals = tuple[Sequence[Tensor], Tensor]  # added to the skip connections, and to the middle block
 
 
 class MonaiUNet3D(LatentDenoiser):
@@ -236,6 +235,7 @@ class MonaiUNet3D(LatentDenoiser):
         numbers: Tensor | None = None,
         context: Tensor | None = None,
         return_dict: bool = True,
+        residuals: ControlResiduals | None = None,
     ) -> LatentUNet3DOutput | tuple[Tensor]:
         """Predict the objective's target.
 
@@ -246,6 +246,7 @@ class MonaiUNet3D(LatentDenoiser):
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
             numbers: (B, n), voxel size in mm, and the context's numbers; columns as in `condition_schema`.
             context: (B, n, cross_attention_dim), for a model without `context_numbers`.
+            residuals: of a ControlNet, for latents whose sides are multiples of `stride`. They may be changed.
         Raises: ValueError for a condition that is missing, not wanted, or has other columns.
         """
         schema, config = self.condition_schema, self.config
@@ -272,7 +273,9 @@ class MonaiUNet3D(LatentDenoiser):
             sample,
             torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
             context=context,
-            class_labels=self._labels(of_class),
+            class_labels=self.class_labels(classes),
+            down_block_additional_residuals=None if residuals is None else residuals[0],
+            mid_block_additional_residual=None if residuals is None else residuals[1],
             top_region_index_tensor=top,
             bottom_region_index_tensor=bottom,
             spacing_tensor=None if spacing is None else (spacing * UNIT).to(sample.dtype),
@@ -281,13 +284,14 @@ class MonaiUNet3D(LatentDenoiser):
         predicted = -predicted if config["objective"] in FLOWS else predicted
         return LatentUNet3DOutput(sample=predicted) if return_dict else (predicted,)
 
-    def _labels(self, of_class: dict[str, Tensor]) -> Tensor | None:
-        """Return MONAI's class labels (B,)."""
-        for name in self.config["classes"] or ():
-            indices = of_class[name]
-            table = torch.tensor([0, *self.config["class_labels"]], device=indices.device)
-            return table[indices + 1]
-        return None
+    def class_labels(self, classes: Tensor | None) -> Tensor | None:
+        """Return MONAI's class labels (B,) for the columns of `condition_schema`; None for a model without."""
+        names = [*(self.config["classes"] or ())]
+        if classes is None or not names:
+            return None
+        indices = classes[:, self.condition_schema.classes.index(names[0])]
+        table = torch.tensor([0, *self.config["class_labels"]], device=indices.device)
+        return table[indices + 1]
 
     @staticmethod
     def _region(indices: Tensor | None, dtype: torch.dtype) -> Tensor | None:

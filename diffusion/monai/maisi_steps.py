@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from .scheduler_options import Scheduler, is_flow, spacing
+from diffusion.scheduler_options import Scheduler, is_flow, spacing
 
 
 class FlowMatchMaisiScheduler(FlowMatchEulerDiscreteScheduler):
