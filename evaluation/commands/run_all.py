@@ -42,7 +42,13 @@ FOR_ALL = (
     "accept_overlap",
     "wait_minutes",
 )
-SEVERAL_FOLDERS = (realism.NAME, shapes.NAME, privacy.NAME, maps.NAME, morphometry.NAME)  # parts whose `--synthetic` takes several folders
+SEVERAL_FOLDERS = (
+    realism.NAME,
+    shapes.NAME,
+    privacy.NAME,
+    maps.NAME,
+    morphometry.NAME,
+)  # parts whose `--synthetic` takes several folders
 
 
 @dataclass(frozen=True)

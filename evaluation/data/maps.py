@@ -29,7 +29,7 @@ def mapped_volume(dataset: VolumeDataset, index: int) -> tuple[np.ndarray, np.nd
     """Read one volume (X, Y, Z) float32 in [0, 1], of one channel, and its map (X, Y, Z)."""
     case = dataset.load(index)
     assert case.mask is not None
-    return (case.image.array[0] + 1) / 2, tissue_numbers(case.mask.array, background_index(dataset.labels))
+    return (case.image.array[0] + 1) / 2, tissue_numbers(case.mask.array[0], background_index(dataset.labels))
 
 
 def tissue_numbers(indices: np.ndarray, background: int) -> np.ndarray:

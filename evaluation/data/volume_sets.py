@@ -303,7 +303,7 @@ def _images(
     alone = dataclasses.replace(config, classes=dict(classes or {}), numbers=list(numbers))
     by_mask = config.crop is not None and config.crop.by_mask
     if not by_mask and (config.resample_to is None or all(case.mask is None for case in cases)):
-        alone = dataclasses.replace(alone, masks=None, label_names={})
+        alone = dataclasses.replace(alone, masks=None, label_names={}, empty_background=False)
         cases = [dataclasses.replace(case, mask=None) for case in cases]
     return VolumeDataset(cases, alone)
 

@@ -14,18 +14,11 @@ from files.atomic import write_text
 from files.documents import read_json
 from files.paths import printable
 
+from .adherence import adherence_section, conditions_section, morphometry_section
 from .model import Page, Section, count_volumes
 from .privacy import privacy_section, private_claim
 from .realism import consistency_section, consistent_claim, realism_section, realistic_claim, shapes_section
-from .utility import (
-    adherence_section,
-    budgets_section,
-    conditions_section,
-    dice_section,
-    morphometry_section,
-    reconstruction_section,
-    useful_claim,
-)
+from .utility import budgets_section, dice_section, reconstruction_section, useful_claim
 
 MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|~!&$@]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 ORDER = (

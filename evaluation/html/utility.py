@@ -1,4 +1,4 @@
-"""The sections on utility and adherence: Dice, few labels, pre-training, classes, and reconstructions."""
+"""The sections on utility: Dice, few labels, pre-training, and reconstructions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,19 +6,8 @@ from typing import Any
 from evaluation.stats.intervals import over_seeds
 from evaluation.studies.few_labels import ANY, BOTH, REAL_LONGER
 
-from .model import (
-    Claim,
-    Row,
-    Section,
-    Table,
-    count_volumes,
-    format_interval,
-    format_number,
-    not_above,
-    not_below,
-    overlap,
-    pair,
-)
+from .adherence import conditions_section
+from .model import Claim, Row, Section, Table, count_volumes, format_interval, not_below, pair
 from .plots import line_plot
 
 ARMS = {
@@ -115,148 +104,6 @@ def budget_lines(dice: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any
     return ticks, lines
 
 
-def conditions_section(report: Mapping[str, Any]) -> Section:
-    """Make the section from a report of `evaluate.py conditions`: whether a classifier finds the requested class, or a
-    regressor the number."""
-    generated, real = report["generated"], report["real"]
-    if "mae" in generated:
-        return _numbers_section(report["column"], generated, real)
-    row = Row(
-        f"right about {report['column']}",
-        generated["right"],
-        pair(generated["interval"]),
-        real["right"],
-        pair(real["interval"]),
-        not_below(generated["interval"], real["interval"][0]),
-        "percent",
-        "held-out real",
-    )
-    lead = "A classifier trained on real volumes predicts the class of generated and of held-out real volumes."
-    return Section("Follows its classes", lead, [Table("Classifier", "Intervals over volumes.", [row])])
-
-
-def _numbers_section(column: str, generated: Mapping[str, Any], real: Mapping[str, Any]) -> Section:
-    rows = []
-    for key, name in (
-        ("mae", f"mean absolute error of {column}"),
-        ("correlation", "correlation of prediction and number"),
-        ("r2", "R2 of the prediction"),
-    ):
-        value, floor = generated[key], real[key]
-        within = (
-            not_above(value["interval"], floor["interval"][1])
-            if key == "mae"
-            else not_below(value["interval"], floor["interval"][0])
-        )
-        rows.append(
-            Row(
-                name,
-                value["mean"],
-                pair(value["interval"]),
-                floor["mean"],
-                pair(floor["interval"]),
-                within,
-                floor_name="held-out real",
-            )
-        )
-    note = (
-        f"Intervals over subjects. Always predicting the mean of the training set has an error of "
-        f"{format_number(real['constant_mae'], 'number')} on real volumes."
-    )
-    lead = f"A regressor trained on real volumes predicts the {column} of generated and of held-out real volumes."
-    return Section("Follows its numbers", lead, [Table("Regressor", note, rows)])
-
-
-def adherence_section(report: Mapping[str, Any]) -> Section:
-    """Make the section from a report of `evaluate.py adherence`: tissues of volumes against their label maps."""
-    dice, tables = report["dice"], []
-    real = dice["real"]["mean"]
-    rows = [
-        Row(
-            f"Dice of {source} volumes' tissues against the maps" if source == "generated" else "Dice of reconstructions",
-            dice[source]["mean"]["mean"],
-            pair(dice[source]["mean"]["interval"]),
-            real["mean"],
-            pair(real["interval"]),
-            not_below(dice[source]["mean"]["interval"], real["interval"][0]),
-            floor_name="real",
-        )
-        for source in ("generated", "reconstruction")
-        if source in dice
-    ]
-    rows += [
-        Row(f"ratio of Dice, {name}", ratio["of_means"], pair(ratio["interval"]), 1.0, None,
-            not_below(ratio["interval"], 1.0), floor_name="as good")
-        for name, ratio in report["ratios"].items()
-    ]  # fmt: skip
-    if to_real := report.get("reconstruction_to_real"):
-        value = to_real["mean"]
-        rows.append(
-            Row("Dice of reconstructions against their originals' tissues", value["mean"], pair(value["interval"]))
-        )
-    tables.append(Table("Tissues", f"{report['maps']} maps. Intervals over subjects.", rows))
-    if generated := report.get("outside", {}).get("generated"):
-        floor = report["outside"]["real"]
-        row = Row(
-            "not empty outside of the map",
-            generated["mean"],
-            pair(generated["interval"]),
-            floor["mean"],
-            pair(floor["interval"]),
-            not_above(generated["interval"], floor["interval"][1]),
-            "percent",
-            "real",
-        )
-        tables.append(Table("Background", "Share of the voxels that the map calls background.", [row]))
-    lead = (
-        f"The intensities where a map has tissue are clustered, and the clusters compared with the map ({report['split']} "
-        "split). Real volumes against their own maps are the floor."
-    )
-    return Section("Follows its maps", lead, tables)
-
-
-def morphometry_section(report: Mapping[str, Any]) -> Section:
-    """Make the section from a report of `evaluate.py morphometry`: sizes of tissues by group and by number."""
-    tables = []
-    for group, figures in report["groups"].items():
-        rows = []
-        for tissue, sizes in figures["tissues"].items():
-            value, floor = sizes["difference"], sizes["floor"]
-            rows.append(
-                Row(
-                    f"{tissue}, {sizes['generated']['mean'] / 1000:.1f} ml against {sizes['real']['mean'] / 1000:.1f} ml",
-                    value["mean"],
-                    pair(value["interval"]),
-                    floor and floor["mean"],
-                    floor and pair(floor["interval"]),
-                    overlap(value["interval"], floor["interval"]) if floor else None,
-                    "signed",
-                )
-            )
-        note = f"{count_volumes(figures['volumes'])} volumes. Difference of means in standard deviations of real ones."
-        tables.append(Table(f"Sizes of tissues: {group}", note, rows))
-    for number, tissues in report["numbers"].items():
-        rows = [
-            Row(
-                tissue,
-                found["generated"]["mean"],
-                pair(found["generated"]["interval"]),
-                found["real"]["mean"],
-                pair(found["real"]["interval"]),
-                overlap(found["generated"]["interval"], found["real"]["interval"]),
-                "signed",
-                "real",
-            )
-            for tissue, found in tissues.items()
-        ]
-        tables.append(Table(f"Correlation of sizes with {number}", "Intervals over subjects.", rows))
-    lead = (
-        "Tissues are clusters of intensity. Generated volumes are compared with all real ones; as the floor, held-out "
-        "real volumes with real training volumes."
-    )
-    return Section("Sized like real tissues", lead, tables)
-
-
 def reconstruction_section(report: Mapping[str, Any]) -> Section:
     """Make the section from a report of `evaluate.py reconstruction`: what the autoencoder loses."""
     psnr = report["psnr_db"]
@@ -264,6 +111,8 @@ def reconstruction_section(report: Mapping[str, Any]) -> Section:
         Row("PSNR inside the field of view, dB, mean", psnr["mean"]),
         Row("sharpness over real (mean gradient)", report["sharpness"], floor=1.0, floor_name="real"),
     ]
+    if foreground := report.get("psnr_foreground_db"):
+        rows.append(Row("PSNR where masks are not background, dB, mean", foreground["mean"]))
     rows += [Row(f"Dice of {label}, mean", dice["mean"]) for label, dice in report.get("dice", {}).items()]
     lead = (
         f"What the autoencoder alone loses on {report['volumes']} volumes ({report['split']}). Generated volumes "

@@ -45,7 +45,7 @@ class Group(TypedDict):
 
 
 class NumberCorrelation(TypedDict):
-    """Pearson's correlation of a tissue's size with a number: that of real volumes, and that asked of generated ones."""
+    """Pearson's correlation of a tissue's size with a number, which of generated volumes is the one asked for."""
 
     real: Estimate[float]
     generated: Estimate[float]

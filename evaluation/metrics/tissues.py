@@ -11,14 +11,16 @@ import torch
 
 from .dice import dice_per_volume
 
-TOLERANCE = 1e-6  # of the range of intensities, by which centers still move at the end
+BINS = 256  # of the histogram whose best clusters are the start
+TOLERANCE = 1e-6  # of the range of intensities, by which borders still move at the end
 
 
 def cluster(values: np.ndarray, count: int) -> np.ndarray:
-    """Cluster numbers (N,) by k-means (Lloyd 1982): (N,) indices from 0 in the order of the clusters' means.
+    """Cluster numbers (N,) by k-means: (N,) indices from 0 in the order of the clusters' means.
 
-    The centers begin at equally spaced quantiles, so equal values always give equal clusters, without a seed. In one
-    dimension clusters are intervals. One may be empty where many values are equal.
+    In one dimension clusters are intervals, so the best can be found without a random start: those of a histogram by
+    dynamic programming (Wang, Song 2011), moved as by Lloyd (1982) until they are those of the numbers. A cluster may
+    be empty where many numbers are equal.
 
     Raises: ValueError for fewer than 2 clusters and for values that are not finite.
     """
@@ -27,18 +29,38 @@ def cluster(values: np.ndarray, count: int) -> np.ndarray:
         raise ValueError(f"{count} cluster of intensities says nothing; give 2 or more")
     if not np.isfinite(values).all():
         raise ValueError("there are voxels without a finite intensity; they cannot be clustered")
-    if not len(values):
-        return np.zeros(0, np.int64)
-    centers = np.quantile(values, (np.arange(count) + 0.5) / count)
-    tolerance = TOLERANCE * np.ptp(values)
+    if not len(values) or np.ptp(values) == 0:
+        return np.zeros(len(values), np.int64)
+    borders, tolerance = _best_borders(values, count), TOLERANCE * np.ptp(values)
     while True:
-        index = np.searchsorted((centers[1:] + centers[:-1]) / 2, values)
-        members = np.bincount(index, minlength=count)
-        sums = np.bincount(index, values, count)
-        moved = np.where(members > 0, sums / np.maximum(members, 1), centers)
-        if np.abs(moved - centers).max() <= tolerance:
+        index = np.searchsorted(borders, values, side="right")
+        members = np.maximum(np.bincount(index, minlength=count), 1)
+        centers = np.bincount(index, values, count) / members
+        moved = (centers[1:] + centers[:-1]) / 2
+        if np.abs(moved - borders).max() <= tolerance:
             return index
-        centers = moved
+        borders = moved
+
+
+def _best_borders(values: np.ndarray, count: int) -> np.ndarray:
+    """Find the borders (count - 1,) between bins with the smallest sum of squares about the means of the bins between
+    them."""
+    members, edges = np.histogram(values, BINS)
+    places = np.arange(BINS)
+    number, total, square = (np.append(0, np.cumsum(members * places**power)) for power in range(3))
+    within = np.maximum(number - number[:, None], 1)  # of bins i to j - 1 at [i, j]
+    cost = np.triu(square - square[:, None] - (total - total[:, None]) ** 2 / within).astype(np.float64)
+    cost[np.tril_indices(BINS + 1, -1)] = np.inf
+    best, cuts = cost[0], []
+    for _ in range(count - 1):
+        sums = best[:, None] + cost
+        cuts.append(sums.argmin(0))
+        best = sums.min(0)
+    borders, end = [], BINS
+    for cut in reversed(cuts):
+        end = int(cut[end])
+        borders.append(edges[end])
+    return np.array(borders[::-1])
 
 
 def tissue_map(volume: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:

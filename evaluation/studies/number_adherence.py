@@ -37,7 +37,8 @@ class SeedErrors(TypedDict):
 
 
 class NumberAdherence(TypedDict):
-    """Errors of the mean prediction over the seeds. Intervals are of 95 %, over subjects; a generated volume is its own.
+    """Errors of the mean prediction over the seeds. Intervals are of 95 %, over subjects; each generated volume is its
+    own.
 
     `difference` is the mean absolute error on generated less that on real volumes. It compares them fairly only where
     the numbers of both are spread alike.

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from evaluation.commands.common import precision_name, write_study
 from evaluation.data.volume_sets import ClassVolumes, generated_cases, load_classes, load_numbers
 from evaluation.networks.classifier import BATCH_SIZE, LEARNING_RATE
+from evaluation.stats.bootstrap import Estimate
 from evaluation.studies.class_adherence import (
     SeedRates,
     describe_sizes,
@@ -17,7 +18,6 @@ from evaluation.studies.class_adherence import (
 )
 from evaluation.studies.limits import check_command
 from evaluation.studies.number_adherence import NumberAdherence, SeedErrors, measure_number_adherence
-from evaluation.stats.bootstrap import Estimate
 from volumes import Case, load_cases
 
 NAME = "conditions"
@@ -46,9 +46,6 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         },
     )
     return report
-
-
-
 
 
 def _classes(
