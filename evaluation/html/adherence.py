@@ -28,30 +28,19 @@ def conditions_section(report: Mapping[str, Any]) -> Section:
 
 def _numbers_section(column: str, generated: Mapping[str, Any], real: Mapping[str, Any]) -> Section:
     rows = []
-    for key, name in (
-        ("mae", f"mean absolute error of {column}"),
-        ("correlation", "correlation of prediction and number"),
-        ("r2", "R2 of the prediction"),
+    for key, name, not_worse, end in (
+        ("mae", f"mean absolute error of {column}", not_above, 1),
+        ("correlation", "correlation of prediction and number", not_below, 0),
+        ("r2", "R2 of the prediction", not_below, 0),
     ):
         value, floor = generated[key], real[key]
-        within = (
-            not_above(value["interval"], floor["interval"][1])
-            if key == "mae"
-            else not_below(value["interval"], floor["interval"][0])
-        )
+        within = not_worse(value["interval"], floor["interval"][end])
+        interval, floor_interval = pair(value["interval"]), pair(floor["interval"])
         rows.append(
-            Row(
-                name,
-                value["mean"],
-                pair(value["interval"]),
-                floor["mean"],
-                pair(floor["interval"]),
-                within,
-                floor_name="held-out real",
-            )
+            Row(name, value["mean"], interval, floor["mean"], floor_interval, within, floor_name="held-out real")
         )
     note = (
-        f"Intervals over subjects. Always predicting the mean of the training set has an error of "
+        "Intervals over subjects. Always predicting the mean of the training set has an error of "
         f"{format_number(real['constant_mae'], 'number')} on real volumes."
     )
     lead = f"A regressor trained on real volumes predicts the {column} of generated and of held-out real volumes."
@@ -67,17 +56,8 @@ def adherence_section(report: Mapping[str, Any]) -> Section:
             value = dice[source]["mean"]
             within = not_below(value["interval"], real["interval"][0])
             name = "Dice of generated volumes' tissues" if source == "generated" else "Dice of reconstructions' tissues"
-            rows.append(
-                Row(
-                    name,
-                    value["mean"],
-                    pair(value["interval"]),
-                    real["mean"],
-                    pair(real["interval"]),
-                    within,
-                    floor_name="real",
-                )
-            )
+            interval, floor = pair(value["interval"]), pair(real["interval"])
+            rows.append(Row(name, value["mean"], interval, real["mean"], floor, within, floor_name="real"))
     for name, ratio in report["ratios"].items():
         within = not_below(ratio["interval"], 1.0)
         interval = pair(ratio["interval"])

@@ -34,7 +34,9 @@ def cluster(values: np.ndarray, count: int) -> np.ndarray:
     borders, tolerance = _best_borders(values, count), TOLERANCE * np.ptp(values)
     while True:
         index = np.searchsorted(borders, values, side="right")
-        members = np.maximum(np.bincount(index, minlength=count), 1)
+        members = np.bincount(index, minlength=count)
+        if not members.all():
+            return index
         centers = np.bincount(index, values, count) / members
         moved = (centers[1:] + centers[:-1]) / 2
         if np.abs(moved - borders).max() <= tolerance:
@@ -43,13 +45,15 @@ def cluster(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _best_borders(values: np.ndarray, count: int) -> np.ndarray:
-    """Find the borders (count - 1,) between bins with the smallest sum of squares about the means of the bins between
-    them."""
-    members, edges = np.histogram(values, BINS)
-    places = np.arange(BINS)
-    number, total, square = (np.append(0, np.cumsum(members * places**power)) for power in range(3))
+    """Find the borders (count - 1,) that leave the smallest sum of squares about the means between them, among those of
+    the histogram's bins."""
+    edges = np.histogram_bin_edges(values, BINS)
+    centered = values - values.mean()
+    number, total, square = (
+        np.append(0, np.cumsum(np.histogram(values, edges, weights=centered**power)[0])) for power in range(3)
+    )
     within = np.maximum(number - number[:, None], 1)  # of bins i to j - 1 at [i, j]
-    cost = np.triu(square - square[:, None] - (total - total[:, None]) ** 2 / within).astype(np.float64)
+    cost = square - square[:, None] - (total - total[:, None]) ** 2 / within
     cost[np.tril_indices(BINS + 1, -1)] = np.inf
     best, cuts = cost[0], []
     for _ in range(count - 1):

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from smooth import SHAPE, blurred, shuffled, smooth_volumes
 
+from evaluation.commands.realism import hounsfield_windows, print_summary
+from evaluation.data.volume_sets import VolumeSet
+from evaluation.html.realism import realism_section
 from evaluation.metrics.histogram import (
     BINS,
     band_edges_for,
@@ -16,9 +19,6 @@ from evaluation.metrics.histogram import (
     power,
     power_ratio_db,
 )
-from evaluation.commands.realism import hounsfield_windows, print_summary
-from evaluation.data.volume_sets import VolumeSet
-from evaluation.html.realism import realism_section
 from evaluation.metrics.set_distances import compare_sets
 from evaluation.studies.realism import measure_realism
 from volumes import DataConfig, IntensityScaling

@@ -53,7 +53,9 @@ def test_tissues_are_known_from_the_config():
         assert problems(command, Data(listed, config)) == []
     two = replace(config, images={"ct": "c/{name}.nii.gz", "pet": "p/{name}.nii.gz"})
     assert "the data has the channels ct, pet" in problems("adherence", Data(listed, two))[0]
-    assert problems("morphometry", Data(listed[:12], config)) == ["2 test volumes are too few to compare; give 4 or more"]
+    assert problems("morphometry", Data(listed[:12], config)) == [
+        "2 test volumes are too few to compare; give 4 or more"
+    ]
     same = [replace(case, metadata={"age": "30"}) for case in listed]
     assert problems("conditions", Data(same, config)) == [
         "no two volumes of split train differ in age: there is nothing to predict"

@@ -18,7 +18,7 @@ from pipelines import describe_mask
 from pipelines.storage.provenance import sidecar_path
 from volumes import Case, DataConfig, IntensityScaling, Volume, VolumeDataset, load_cases, write_volume
 
-SHAPE = (14, 12, 12)
+SHAPE = (22, 12, 12)
 SPLITS = {"train": 6, "test": 5}
 SECTION = {
     "table": "table.csv",
@@ -161,10 +161,10 @@ def test_a_reconstruction_is_compared_with_map_and_original(folder):
     assert found["dice"].keys() == {"real", "reconstruction"} and found["ratios"].keys() == {"reconstruction/real"}
     assert found["reconstruction_to_real"]["mean"] == {"mean": 1, "interval": [1, 1]}
     assert found["dice"]["reconstruction"] == found["dice"]["real"]
-    report = evaluate_reconstruction(ShiftedCoder(0.02), real, crop=(12, 12, 12))
+    report = evaluate_reconstruction(ShiftedCoder(0.02), real, crop=SHAPE)
     assert report["psnr_foreground_db"]["mean"] == pytest.approx(40, abs=1e-3)
     without = VolumeDataset(real.cases, replace(config, empty_background=False, classes={}, numbers=[]))
-    assert "psnr_foreground_db" not in evaluate_reconstruction(ShiftedCoder(0.02), without, crop=(12, 12, 12))
+    assert "psnr_foreground_db" not in evaluate_reconstruction(ShiftedCoder(0.02), without, crop=SHAPE)
 
 
 def test_the_command_reconstructs_with_a_vae(folder, capsys):

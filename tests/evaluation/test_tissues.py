@@ -40,6 +40,8 @@ def test_clusters_do_not_depend_on_the_scale_of_intensity():
 
 def test_few_values_and_none_have_clusters():
     assert cluster(np.full(4, 2.0), 3).tolist() == [0, 0, 0, 0]
+    dark, bright = cluster(np.array([5.0, 1.0]), 3)[::-1]
+    assert dark < bright  # one of three clusters is empty
     assert cluster(np.zeros(0), 3).shape == (0,)
     assert cluster(np.array([5.0, 1.0, 5.0, 1.0]), 2).tolist() == [1, 0, 1, 0]
     with pytest.raises(ValueError, match="without a finite intensity"):
