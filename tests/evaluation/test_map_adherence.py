@@ -215,6 +215,20 @@ def test_morphometry_of_real_volumes_and_of_larger_ones(folder, tmp_path, capsys
     assert "Correlation of sizes with age" in (tmp_path / "page/report.html").read_text()
 
 
+def test_they_are_parts_of_one_page(folder, tmp_path):
+    """Of volumes from the maps of the training set, as `all` generates them."""
+    generate(folder, "same")
+    args = ["all", "--config", str(folder / "ldm.yaml"), "--synthetic", str(folder / "same"), "--device", "cpu"]
+    args += ["--precision", "no", "--output", str(tmp_path / "page"), "--parts", "morphometry", "adherence"]
+    page = evaluate.main([*args, "--set", "adherence.split=train"])
+    assert [section["title"] for section in page["sections"]] == ["Sized like real tissues", "Follows its maps"]
+    assert page["reports"]["adherence"]["maps"] == 6
+    assert [section["measured_on"]["volumes"] for section in page["sections"]] == [
+        "6 training, 5 test, 11 generated",
+        "6 real, 6 generated",
+    ]
+
+
 def test_real_cases_without_a_map_are_refused():
     config = data_config("nowhere")
     with pytest.raises(ValueError, match="no case of split 'test' has a mask"):
