@@ -87,7 +87,7 @@ def test_a_window_tells_ranges_of_hounsfield_units_apart():
     shares = hounsfield_shares((values + 1000) / 2000, (-1000, 1000))
     np.testing.assert_allclose(shares, [0.2, 0.1, 0.1, 0.3, 0.1, 0.2])
     narrow = (-200.0, 300.0)
-    assert [*hounsfield_ranges(narrow)][0] == "air or lung or partial volume, below -190 HU"
+    assert next(iter(hounsfield_ranges(narrow))) == "air or lung or partial volume, below -190 HU"
     np.testing.assert_allclose(hounsfield_shares((values.clip(*narrow) + 200) / 500, narrow), [0.4, 0.3, 0.1, 0.2])
     assert [*hounsfield_ranges((-160.0, 150.0))] == [
         "air or lung or partial volume or fat, below -30 HU",

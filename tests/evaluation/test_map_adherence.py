@@ -59,7 +59,7 @@ def write_array(array: np.ndarray, path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Subjects of two splits with their maps, and the config that reads them."""
+    """Subjects of two splits with their maps, the config that reads them, and an untrained autoencoder in run/."""
     root = tmp_path_factory.mktemp("brains")
     rows = ["name,split,sex,age"]
     for number, split in enumerate([*["train"] * SPLITS["train"], *["test"] * SPLITS["test"]]):
@@ -69,6 +69,9 @@ def folder(tmp_path_factory):
         rows.append(f"s{number},{split},{'FM'[number % 2]},{20 + 3 * number}")
     (root / "table.csv").write_text("\n".join(rows) + "\n")
     (root / "ldm.yaml").write_text(yaml.safe_dump({"data": {"root": str(root), **SECTION}}))
+    vae = AutoencoderKL3D(channels=(4, 8), latent_channels=2, encoder_blocks=(0, 0), decoder_blocks=(0, 0))
+    vae.set_latent_statistics([0.0, 0.0], [1.0, 1.0])
+    vae.save_pretrained(root / "run/vae")
     return root
 
 
@@ -168,9 +171,6 @@ def test_a_reconstruction_is_compared_with_map_and_original(folder):
 
 
 def test_the_command_reconstructs_with_a_vae(folder, capsys):
-    vae = AutoencoderKL3D(channels=(4, 8), latent_channels=2, encoder_blocks=(0, 0), decoder_blocks=(0, 0))
-    vae.set_latent_statistics([0.0, 0.0], [1.0, 1.0])
-    vae.save_pretrained(folder / "run/vae")
     report = measure(folder, "adherence", "--vae", str(folder / "run"))
     assert report["volumes"] == {"real": 5, "reconstruction": 5} and "generated" not in report["outside"]
     assert report["dice"]["reconstruction"]["mean"]["mean"] < report["dice"]["real"]["mean"]["mean"]
@@ -190,7 +190,8 @@ def test_data_without_tissues_are_refused(folder, tmp_path):
         evaluate.main(args)
     config["data"] |= {"label_names": SECTION["label_names"], "empty_background": False}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
-    args = ["morphometry", *args[1:5], "--synthetic", str(folder / "obedient")]
+    generate(folder, "fine")
+    args = ["morphometry", *args[1:5], "--synthetic", str(folder / "fine")]
     with pytest.raises(ValueError, match="morphometry: .*give a config whose data has empty_background"):
         evaluate.main(args)
 
