@@ -17,17 +17,18 @@ from evaluation.studies.class_adherence import (
     measure_class_adherence,
 )
 from evaluation.studies.limits import check_command
-from evaluation.studies.number_adherence import NumberAdherence, SeedErrors, measure_number_adherence
+from evaluation.studies.number_adherence import SeedErrors, measure_number_adherence
 from volumes import Case, load_cases
 
 NAME = "conditions"
-Report = Mapping[str, object]  # a part of it
+Report = Mapping[str, Any]  # a part of it
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
     """Train classifiers or regressors on real volumes, and score them on held-out real and on generated volumes."""
     cases = load_sources(options)
-    study = _classes if options.column in options.data.classes else _numbers
+    is_class = options.column in options.data.classes
+    study, print_result = (_classes, print_summary) if is_class else (_numbers, print_errors)
     result, described = study(cases, options, device, dtype)
     report = write_study(
         NAME,
@@ -45,6 +46,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             },
         },
     )
+    print_result(result)
     return report
 
 
@@ -66,7 +68,6 @@ def _classes(
         dtype=dtype,
         on_seed=print_seed,
     )
-    print_summary(result)
     return result, {
         "volumes": {source: count_classes(volumes, names) for source, volumes in sources.items()},
         "milliliters": {source: describe_sizes(volumes, names, config.channels) for source, volumes in sources.items()},
@@ -90,7 +91,6 @@ def _numbers(
         dtype=dtype,
         on_seed=print_seed_errors,
     )
-    print_errors(result)
     return result, {
         "volumes": {source: describe_values(volumes.numbers) for source, volumes in sources.items()},
         "skipped": {name: reason for volumes in sources.values() for name, reason in volumes.skipped},
@@ -142,7 +142,7 @@ def print_seed_errors(row: SeedErrors) -> None:
     print(f"seed {row['seed']}: error {row['real']:.4g} on real, {row['generated']:.4g} on generated", flush=True)
 
 
-def print_errors(result: NumberAdherence) -> None:
+def print_errors(result: Mapping[str, Any]) -> None:
     """Print the errors of the mean prediction, and the difference between generated and real volumes."""
 
     def text(value: Estimate[float]) -> str:
