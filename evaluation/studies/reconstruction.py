@@ -163,7 +163,6 @@ def evaluate_reconstruction(
             dice[name].append(score)
         if on_volume is not None:
             on_volume(sample["name"], per_volume[sample["name"]])
-    decibels = ratio_db(np.mean(decoded, axis=0), np.mean(real, axis=0))
     decoded_gradient, real_gradient = np.mean(gradients, axis=0)
     report: ReconstructionReport = {
         "volumes": count,
@@ -171,14 +170,10 @@ def evaluate_reconstruction(
         "spectrum": {
             "unit": "dB of the real power, by radial frequency in cycles/voxel",
             "crop": list(crop),
-            "ratio_db": dict(zip(band_names(BAND_EDGES), decibels.tolist(), strict=True)),
+            "ratio_db": _ratios(decoded, real),
         },
         "sharpness": float(decoded_gradient / real_gradient),
-        "dice": {
-            name: {"volumes": len(scores), "mean": float(np.mean(scores)), "lowest": min(scores)}
-            for name, scores in dice.items()
-            if scores
-        },
+        "dice": {name: _summary(scores) for name, scores in dice.items() if scores},
     }
     if foreground:
         report["psnr_foreground_db"] = _mean_psnr(foreground)
@@ -190,6 +185,15 @@ def evaluate_reconstruction(
 def _mean_psnr(per_volume: dict[str, float]) -> Psnr:
     values = list(per_volume.values())
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "per_volume": per_volume}
+
+
+def _ratios(decoded: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, float]:
+    decibels = ratio_db(np.mean(decoded, axis=0), np.mean(real, axis=0))
+    return dict(zip(band_names(BAND_EDGES), decibels.tolist(), strict=True))
+
+
+def _summary(scores: Sequence[float]) -> LabelDice:
+    return {"volumes": len(scores), "mean": float(np.mean(scores)), "lowest": min(scores)}
 
 
 def _label_dice(reconstruction: np.ndarray, target: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def judge(folder, *more: str):
     return evaluate.main([*args, "--iterations", "60", "--shape", "16", "16", "16", *more])
 
 
-def test_an_obedient_model_differs_from_one_that_ignores_the_age(folder, capsys, tmp_path):
+def test_a_model_that_inverts_the_age_is_found(folder, capsys, tmp_path):
     generate(folder, lambda age: age)
     report = judge(folder)
     real, generated = report["real"], report["generated"]
