@@ -7,6 +7,7 @@ r"""Evaluate a model or the volumes that it generated:
     python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/dice.json
     python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis \
         --synthetic out/generated --output out/conditions.json
+    python evaluate.py adherence --config configs/brain_t1/ldm.yaml --synthetic out/brains --output out/adherence.json
     python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page
     python evaluate.py all --config configs/hippocampus/ldm.yaml --synthetic out/generated \
         --parts realism privacy dice --output out/page

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from cli.live_bar import LiveBar
 from evaluation.studies.realism import measure_realism, steps_of
+from volumes import DataConfig
 
 from .common import write_study
 from .sets import describe_sets, load_extractors, load_sets
@@ -20,6 +21,7 @@ NAME = "realism"
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
     """Compare the sets. Always in float32, because distances between sets are small differences of large numbers."""
     start = time.perf_counter()
+    windows = hounsfield_windows(options.hounsfield, options.data)
     sets, skipped = load_sets(options, NAME)
     extractors = load_extractors(options, device) if "features" in options.parts else {}
     channels = options.data.channels
@@ -37,6 +39,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 extractors,
                 channels=channels,
                 parts=options.parts,
+                hounsfield=windows,
                 pairs=options.pairs,
                 seed=options.seed,
                 device=device,
@@ -55,6 +58,27 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     return report
 
 
+def hounsfield_windows(channels: Sequence[str], config: DataConfig) -> dict[str, tuple[float, float]]:
+    """Return the window of each channel that is CT, in Hounsfield units.
+
+    Raises: ValueError for an unknown channel, and for one that is scaled by percentiles, which has lost its unit.
+    """
+    windows = {}
+    for channel in channels:
+        if channel not in config.channels:
+            raise ValueError(f"--hounsfield {channel}: the data has the channels {', '.join(config.channels)}")
+        if config.image_labels:
+            raise ValueError(f"--hounsfield {channel}: the data are label maps, which have no intensities")
+        scaling = config.scaling(channel)
+        if scaling.kind != "window":
+            raise ValueError(
+                f"--hounsfield {channel}: its intensity is of kind {scaling.kind}, which keeps no units; CT needs "
+                "data.intensity {kind: window, low: HU, high: HU}"
+            )
+        windows[channel] = (scaling.low, scaling.high)
+    return windows
+
+
 def print_summary(result: Mapping[str, Any]) -> None:
     """Print the main distances, each beside that of real training volumes."""
     for name, distances in result.get("features", {}).items():
@@ -69,6 +93,9 @@ def print_summary(result: Mapping[str, Any]) -> None:
         print(f"slices of {channel}, farthest from real is {name}: {_beside_real(worst['wasserstein'])}")
     for channel, intensity in result.get("intensity", {}).items():
         print(f"histogram of {channel}: {_beside_real(intensity['histogram'])}")
+        for name, share in intensity.get("hounsfield", {}).items():
+            means = [f"{share[source]['mean']:.1%}" for source in ("generated", "test", "training")]
+            print(f"{channel}, {name}: {means[0]} generated, {means[1]} held-out real, {means[2]} training")
 
 
 def _beside_real(distances: Mapping[str, Any]) -> str:

@@ -49,6 +49,8 @@ def print_summary(result: Mapping[str, Any], split: str) -> None:
     """Print PSNR, Dice of label maps, sharpness, codebook use and the power spectrum."""
     psnr = result["psnr_db"]["mean"]
     print(f"PSNR inside the field of view: {psnr:.2f} dB, mean of {result['volumes']} volumes ({split})")
+    if foreground := result.get("psnr_foreground_db"):
+        print(f"PSNR where masks are not background: {foreground['mean']:.2f} dB")
     for label, dice in result["dice"].items():
         print(f"Dice of {label}: {dice['mean']:.4f}, lowest {dice['lowest']:.4f}, of {dice['volumes']} volumes with it")
     print(f"sharpness (mean gradient of reconstructions over real): {result['sharpness']:.3f}")

@@ -23,6 +23,7 @@ from files.shipped import expand_path
 from volumes import load_cases
 
 from . import arguments, privacy, realism, shapes
+from .adherence import maps, morphometry
 from .arguments import COMMANDS, Command, make_parser
 from .common import run_command
 from .trainings import progress_disabled
@@ -41,7 +42,13 @@ FOR_ALL = (
     "accept_overlap",
     "wait_minutes",
 )
-SEVERAL_FOLDERS = (realism.NAME, shapes.NAME, privacy.NAME)  # parts whose `--synthetic` takes several folders
+SEVERAL_FOLDERS = (
+    realism.NAME,
+    shapes.NAME,
+    privacy.NAME,
+    maps.NAME,
+    morphometry.NAME,
+)  # parts whose `--synthetic` takes several folders
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ class VolumeSet:
             whose mask was used. By default every volume is its own subject.
         masks: for generated volumes, the name of the real volume whose mask each was generated from, or None.
         spacings: mm between voxels of each; 1 mm by default.
-    Raises: ValueError for no volumes, and for another number of names, subjects, spacings or masks.
+        metadata: of each, the row of the table, or for a generated volume the classes and numbers asked for; {} by
+            default.
+    Raises: ValueError for no volumes, and for another number of names, subjects, spacings, masks or metadata.
     """
 
     volumes: Sequence[Any] | np.ndarray
@@ -38,6 +40,7 @@ class VolumeSet:
     subjects: Sequence[str] = ()
     masks: Sequence[str | None] | None = None
     spacings: Sequence[tuple[float, float, float]] = ()
+    metadata: Sequence[Mapping[str, object]] = ()
 
     def __post_init__(self) -> None:
         count = len(self.volumes)
@@ -47,8 +50,11 @@ class VolumeSet:
             object.__setattr__(self, "subjects", list(self.names))
         if not len(self.spacings):
             object.__setattr__(self, "spacings", [(1.0, 1.0, 1.0)] * count)
+        if not len(self.metadata):
+            object.__setattr__(self, "metadata", [{}] * count)
         of_masks = count if self.masks is None else len(self.masks)
-        if not count or {len(self.names), len(self.subjects), len(self.spacings), of_masks} != {count}:
+        lengths = {len(self.names), len(self.subjects), len(self.spacings), len(self.metadata), of_masks}
+        if not count or lengths != {count}:
             raise ValueError(
                 f"{count} volumes, {len(self.names)} names, {len(self.subjects)} subjects: give one of each per volume"
             )
@@ -110,7 +116,9 @@ def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -
     dataset = _images(chosen, config)
     names = [case.name for case in dataset.cases]
     subjects = [case.subject for case in dataset.cases]
-    return VolumeSet(UnitVolumes(dataset), names, subjects, spacings=_spacings(dataset)), dict(dataset.skipped)
+    metadata = [case.metadata for case in dataset.cases]
+    found = VolumeSet(UnitVolumes(dataset), names, subjects, spacings=_spacings(dataset), metadata=metadata)
+    return found, dict(dataset.skipped)
 
 
 def generated_set(
@@ -125,8 +133,29 @@ def generated_set(
     Returns: the set, and the files that could not be read (with `on_error: skip`) with the reason.
     Raises: ValueError for a folder that is missing, has no volume, or lacks a channel of the data.
     """
+    generated = generated_with_owners(folders, cases, config)
+    owners = {case.name: owner for case, owner in generated}
+    listed = [
+        dataclasses.replace(case, subject=owner.subject if owner else f"generated {case.name}")
+        for case, owner in generated
+    ]
+    dataset = _images(listed, of_generated(config))
+    names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
+    masks = [owner and owner.name for owner in map(owners.get, names)]
+    metadata = [case.metadata for case in dataset.cases]
+    return VolumeSet(UnitVolumes(dataset), names, subjects, masks, _spacings(dataset), metadata), dict(dataset.skipped)
+
+
+def generated_with_owners(
+    folders: Sequence[Path], cases: Sequence[Case], config: DataConfig
+) -> list[tuple[Case, Case | None]]:
+    """List the volumes of some folders (`generated_cases`), each with the case whose mask it was generated from, or
+    None. Names are preceded by the folder's if there are several folders.
+
+    Raises: ValueError for a folder that is missing or that `generated_cases` refuses, and for equal names.
+    """
     owners = mask_owners(cases)
-    generated: list[Case] = []
+    generated: list[tuple[Case, Case | None]] = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; generate it with generate.py")
@@ -134,16 +163,10 @@ def generated_set(
             record = read_sidecar(folder / f"{case.name}.nii.gz") or {}
             owner = owners.get((record.get("mask") or {}).get("sha256", ""))
             name = f"{folder.name}/{case.name}" if len(folders) > 1 else case.name
-            subject = owner.subject if owner else f"generated {name}"
-            generated.append(
-                dataclasses.replace(case, name=name, subject=subject, metadata={"mask": owner and owner.name})
-            )
-    if twice := sorted(name for name, count in Counter(case.name for case in generated).items() if count > 1):
+            generated.append((dataclasses.replace(case, name=name), owner))
+    if twice := sorted(name for name, count in Counter(case.name for case, _ in generated).items() if count > 1):
         raise ValueError(f"{twice[:3]} are in two folders with the same name; rename one of the folders")
-    dataset = _images(generated, of_generated(config))
-    names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
-    masks = [case.metadata["mask"] for case in dataset.cases]
-    return VolumeSet(UnitVolumes(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
+    return generated
 
 
 def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
@@ -198,6 +221,23 @@ class ClassVolumes:
     sizes: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class NumberVolumes:
+    """Volumes and a number of each, such as the age.
+
+    Args:
+        images: (N, C, X, Y, Z) float32 in [0, 1]; large ones lie in a file, see `large_zeros`.
+        numbers: (N,) float32, in the table's units.
+        subjects: of each.
+        skipped: files that could not be read: (name, reason).
+    """
+
+    images: Tensor
+    numbers: Tensor
+    subjects: list[str]
+    skipped: list[tuple[str, str]]
+
+
 def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: tuple[int, int, int]) -> ClassVolumes:
     """Load the cases of known class at `shape` about their centers, scaled as for a model and then to [0, 1].
 
@@ -205,6 +245,25 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
     """
     if column not in config.classes:
         raise ValueError(f"{column!r} is not a class of the data; choose one of {sorted(config.classes)}")
+    dataset, images, sizes = _at_shape(cases, config, column, shape)
+    classes = torch.stack([dataset.conditions(i)["classes"][0] for i in range(len(dataset))])
+    return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
+
+
+def load_numbers(cases: Sequence[Case], config: DataConfig, column: str, shape: tuple[int, int, int]) -> NumberVolumes:
+    """Load the cases whose number is known, as `load_classes`. Raises: ValueError as it does."""
+    if column not in config.numbers:
+        raise ValueError(f"{column!r} is not a number of the data; choose one of {sorted(config.numbers)}")
+    dataset, images, _ = _at_shape(cases, config, column, shape)
+    numbers = torch.stack([dataset.conditions(i)["numbers"][0] for i in range(len(dataset))])
+    return NumberVolumes(images, numbers, [case.subject for case in dataset.cases], dataset.skipped)
+
+
+def _at_shape(
+    cases: Sequence[Case], config: DataConfig, column: str, shape: tuple[int, int, int]
+) -> tuple[VolumeDataset, Tensor, Tensor]:
+    """Load the cases with a value of `column`. Returns the data set, the images (N, C, *shape), and the sums of their
+    channels (N, C) in milliliters."""
     known = [case for case in cases if case.metadata.get(column) not in (None, "")]
     if not known:
         raise ValueError(
@@ -212,7 +271,8 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
         )
     if all(case.split == "generated" for case in known):
         config = of_generated(config)
-    dataset = _images(known, config, {column: config.classes[column]})
+    classes = {name: values for name, values in config.classes.items() if name == column}
+    dataset = _images(known, config, classes, [name for name in config.numbers if name == column])
     images = large_zeros((len(dataset), len(dataset.channels), *shape))
     sizes = torch.empty(len(dataset), len(dataset.channels))
     for index in range(len(dataset)):
@@ -220,8 +280,7 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
         image = (item["image"] + 1) / 2
         images[index] = pad_or_crop(tuple(image.shape[1:]), shape).apply(image, 0.0)
         sizes[index] = image.sum((1, 2, 3)) * item["affine"][:3, :3].det().abs() / 1000
-    classes = torch.stack([dataset.conditions(i)["classes"][0] for i in range(len(dataset))])
-    return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
+    return dataset, images, sizes
 
 
 def of_generated(config: DataConfig) -> DataConfig:
@@ -233,15 +292,18 @@ def of_generated(config: DataConfig) -> DataConfig:
 
 
 def _images(
-    cases: Sequence[Case], config: DataConfig, classes: Mapping[str, list[str] | dict[str, str]] | None = None
+    cases: Sequence[Case],
+    config: DataConfig,
+    classes: Mapping[str, list[str] | dict[str, str]] | None = None,
+    numbers: Sequence[str] = (),
 ) -> VolumeDataset:
-    """Load only the images of the cases, with these classes: without numbers, and without masks, unless they set the
-    box (`crop`) or a part of it (`resample_to`: what all volumes of a case show).
+    """Load only the images of the cases, with these classes and numbers, and without masks, unless they set the box
+    (`crop`) or a part of it (`resample_to`: what all volumes of a case show).
     """
-    alone = dataclasses.replace(config, classes=dict(classes or {}), numbers=[])
+    alone = dataclasses.replace(config, classes=dict(classes or {}), numbers=list(numbers))
     by_mask = config.crop is not None and config.crop.by_mask
     if not by_mask and (config.resample_to is None or all(case.mask is None for case in cases)):
-        alone = dataclasses.replace(alone, masks=None, label_names={})
+        alone = dataclasses.replace(alone, masks=None, label_names={}, empty_background=False)
         cases = [dataclasses.replace(case, mask=None) for case in cases]
     return VolumeDataset(cases, alone)
 

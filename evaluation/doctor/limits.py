@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from evaluation.studies.limits import Data, problems
+from evaluation.studies.limits import Data, problems, table_numbers
 from volumes import DataConfig
 
 from .cases import (
@@ -22,7 +22,8 @@ def check_evaluation(examined: Sequence[Examined], config: DataConfig) -> list[F
     commands = ["reconstruction", "realism", "privacy", "copies"]
     commands += ["shapes"] if config.image_labels else []
     commands += ["dice", "few_labels", "pretrain", "samplers"] if config.masks or config.phantom else []
-    commands += ["conditions"] if config.classes else []
+    commands += ["conditions"] if config.classes or table_numbers(config) else []
+    commands += ["morphometry"] if config.empty_background else []
     findings, supported = [], []
     for command in commands:
         name = f"evaluation.{command}" if command in ("copies", "samplers") else f"evaluate.py {command}"
@@ -40,5 +41,5 @@ def _remedy(command: str, faults: Sequence[str]) -> str:
     if all(fault.startswith("--labels") for fault in faults):
         return "give such --labels, or skip the command"
     if command == "conditions":
-        return "put volumes of every class into both splits, or skip the command"
+        return "put volumes of every class, and of several numbers, into both splits, or skip the command"
     return "add subjects, hold out more of them (data.test_fraction, or the column data.split), or skip the command"

@@ -44,6 +44,8 @@ def realism_section(report: Mapping[str, Any]) -> Section:
         )
         tables.append(Table(f"Intensities: {channel}", note, rows, picture))
         tables.append(_spectrum(channel, intensity["spectrum_db"]))
+        if shares := intensity.get("hounsfield"):
+            tables.append(_hounsfield(channel, shares))
     lead = (
         "Generated volumes are compared with held-out real volumes. As the floor, real training volumes are compared "
         "with the same held-out volumes. Each distance is a mean over many random subsets, half as large as the "
@@ -139,6 +141,18 @@ def _diversity_note(report: Mapping[str, Any]) -> str:
         f"real training pairs {training:.3f}. If the difference is positive, generated volumes are more alike than "
         "real ones. It is within if the two intervals overlap."
     )
+
+
+def _hounsfield(channel: str, shares: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, share in shares.items():
+        means = [f"{share[source]['mean']:.1%}" for source in ("generated", "test")]
+        rows.append(distance_row(f"{name} ({means[0]} against {means[1]})", share["wasserstein"]))
+    note = (
+        "Share of the voxels in each range of Hounsfield units, of generated against held-out real volumes; distances "
+        "in standard deviations of real volumes."
+    )
+    return Table(f"Hounsfield units: {channel}", note, rows)
 
 
 def _spectrum(channel: str, report: Mapping[str, Any]) -> Table:

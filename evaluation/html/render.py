@@ -14,13 +14,17 @@ from files.atomic import write_text
 from files.documents import read_json
 from files.paths import printable
 
+from .adherence import adherence_section, conditions_section, morphometry_section
 from .model import Page, Section, count_volumes
 from .privacy import privacy_section, private_claim
 from .realism import consistency_section, consistent_claim, realism_section, realistic_claim, shapes_section
-from .utility import budgets_section, conditions_section, dice_section, reconstruction_section, useful_claim
+from .utility import budgets_section, dice_section, reconstruction_section, useful_claim
 
 MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|~!&$@]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
-ORDER = ("realism", "shapes", "dice", "few_labels", "pretrain", "conditions", "privacy", "reconstruction")
+ORDER = (
+    *("realism", "shapes", "morphometry", "dice", "few_labels", "pretrain", "adherence", "conditions"),
+    *("privacy", "reconstruction"),
+)
 
 
 def build_page(paths: Sequence[Path]) -> Page:
@@ -161,6 +165,8 @@ def _sections(name: str, report: Mapping[str, Any], folder: Path) -> list[Sectio
             "dice": dice_section,
             "shapes": shapes_section,
             "conditions": conditions_section,
+            "adherence": adherence_section,
+            "morphometry": morphometry_section,
             "reconstruction": reconstruction_section,
         }[name]
         sections = [make(report)]

@@ -1,4 +1,4 @@
-"""The sections on utility and adherence: Dice, few labels, pre-training, classes, and reconstructions."""
+"""The sections on utility: Dice, few labels, pre-training, and reconstructions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from evaluation.stats.intervals import over_seeds
 from evaluation.studies.few_labels import ANY, BOTH, REAL_LONGER
 
+from .adherence import conditions_section
 from .model import Claim, Row, Section, Table, count_volumes, format_interval, not_below, pair
 from .plots import line_plot
 
@@ -103,23 +104,6 @@ def budget_lines(dice: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any
     return ticks, lines
 
 
-def conditions_section(report: Mapping[str, Any]) -> Section:
-    """Make the section from a report of `evaluate.py conditions`: whether a classifier finds the requested class."""
-    generated, real = report["generated"], report["real"]
-    row = Row(
-        f"right about {report['column']}",
-        generated["right"],
-        pair(generated["interval"]),
-        real["right"],
-        pair(real["interval"]),
-        not_below(generated["interval"], real["interval"][0]),
-        "percent",
-        "held-out real",
-    )
-    lead = "A classifier trained on real volumes predicts the class of generated and of held-out real volumes."
-    return Section("Follows its classes", lead, [Table("Classifier", "Intervals over volumes.", [row])])
-
-
 def reconstruction_section(report: Mapping[str, Any]) -> Section:
     """Make the section from a report of `evaluate.py reconstruction`: what the autoencoder loses."""
     psnr = report["psnr_db"]
@@ -127,6 +111,8 @@ def reconstruction_section(report: Mapping[str, Any]) -> Section:
         Row("PSNR inside the field of view, dB, mean", psnr["mean"]),
         Row("sharpness over real (mean gradient)", report["sharpness"], floor=1.0, floor_name="real"),
     ]
+    if foreground := report.get("psnr_foreground_db"):
+        rows.append(Row("PSNR where masks are not background, dB, mean", foreground["mean"]))
     rows += [Row(f"Dice of {label}, mean", dice["mean"]) for label, dice in report.get("dice", {}).items()]
     lead = (
         f"What the autoencoder alone loses on {report['volumes']} volumes ({report['split']}). Generated volumes "

@@ -74,6 +74,12 @@ def subject_mean(values: np.ndarray, subjects: Units) -> float:
     return float(np.average(values, weights=subject_weights(subjects)))
 
 
+def mean_over_subjects(values: np.ndarray, subjects: Units, seed: int = 0) -> Estimate[float]:
+    """Average values (N,) over volumes. The interval resamples the subjects."""
+    counts = resample_subjects(subjects, np.random.default_rng(seed))
+    return {"mean": float(values.mean()), "interval": interval_of(counts @ values / counts.sum(1))}
+
+
 def interval_of(resampled: np.ndarray | Sequence[float]) -> list[float]:
     """Take the 95 % interval of resampled figures."""
     return np.percentile(resampled, INTERVAL).tolist()

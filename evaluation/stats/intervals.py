@@ -15,6 +15,7 @@ from .bootstrap import interval_of, resample_subjects
 # 26.7.5, whose first three terms are right to 2e-4.
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 Z = 1.959964  # the standard normal distribution at 97.5 %
+ROUNDING = 1e-20  # of the mean square of a sample: a smaller variance is that of equal numbers
 MIN_REFERENCE = 1e-6  # of a ratio: relative to a reference of 0, any score is absurdly large, and seen to be
 
 
@@ -77,3 +78,13 @@ def compare_paired(
         "interval_seeds": over_seeds(per_seed),
         "interval_subjects": interval_of(resampled),
     }
+
+
+def correlations(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Compute Pearson's correlation of two samples (N,) under each row of weights (R, N): (R,), 0 where either does
+    not vary."""
+    shares = weights / weights.sum(1, keepdims=True)
+    x, y = (sample - (shares @ sample)[:, None] for sample in (first, second))
+    covariance, x_variance, y_variance = ((shares * product).sum(1) for product in (x * y, x * x, y * y))
+    varies = (x_variance > ROUNDING * (first**2).mean()) & (y_variance > ROUNDING * (second**2).mean())
+    return np.divide(covariance, np.sqrt(x_variance * y_variance), out=np.zeros(len(weights)), where=varies)

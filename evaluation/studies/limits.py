@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.data.label_budget import budget
+from evaluation.data.maps import tissue_names
 from evaluation.data.pairs import WHOLE_MASKS, label_values, learning_cases, test_cases
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics.memorization import check_references
@@ -30,7 +31,9 @@ from evaluation.networks.defaults import (
 )
 from evaluation.stats.conformal import check_unseen, conformal_threshold
 from volumes import UNKNOWN, Case, DataConfig
+from volumes.volume import GRID_NUMBERS
 
+from .map_adherence import check_tissues
 from .realism import PARTS
 from .utility import check_shape
 
@@ -129,6 +132,19 @@ def _label_maps(data: Data, options: Options) -> None:
         raise ValueError("shapes are for label maps: give a config whose data has image_labels")
 
 
+def _tissues(data: Data, options: Options) -> None:
+    if data.config.image_labels or not (data.config.masks or data.config.phantom):
+        raise ValueError("tissues are those of label maps beside images with intensities: set data.masks")
+    check_tissues(data.config.channels, tissue_names(data.config))
+
+
+def _empty(data: Data, options: Options) -> None:
+    if not data.config.empty_background:
+        raise ValueError(
+            "without a map, tissues are where volumes are not empty: give a config whose data has empty_background"
+        )
+
+
 def _private(data: Data, options: Options) -> None:
     unseen, training = data.subjects(_unseen(options)), data.subjects(["train"])
     if not unseen:
@@ -164,22 +180,41 @@ def _budgets(usual: Sequence[str]) -> Callable[[Data, Options], None]:
     return check
 
 
-def _classes(data: Data, options: Options) -> None:
-    columns = [options["column"]] if options.get("column") else sorted(data.config.classes)
+def _conditions(data: Data, options: Options) -> None:
+    classes, numbers = data.config.classes, data.config.numbers
+    columns = [options["column"]] if options.get("column") else [*sorted(classes), *sorted(table_numbers(data.config))]
     for column in columns:
-        if column not in data.config.classes:
-            raise ValueError(f"{column!r} is not a class of the data; choose one of {sorted(data.config.classes)}")
-        counts = {
-            split: Counter(str(case.metadata.get(column) or "") for case in data.cases if case.split == split)
-            for split in ("train", "test")
-        }
-        names = [str(name) for name in data.config.class_names[column]]
-        if lost := [name for name in names if not counts["train"][name]]:
-            raise ValueError(
-                f"no volume of split train is of {column} {', '.join(lost)}: the classifier needs all classes"
-            )
-        if not any(counts["test"][name] for name in names):
-            raise ValueError(f"no volume of split test has a {column}")
+        if column in classes:
+            _class(data, column)
+        elif column in numbers:
+            _number(data, column)
+        else:
+            known = sorted([*classes, *numbers])
+            raise ValueError(f"{column!r} is not a class or number of the data; choose one of {known}")
+
+
+def table_numbers(config: DataConfig) -> list[str]:
+    """List the numbers of the data that are not those of a volume's grid."""
+    return [name for name in config.numbers if name not in GRID_NUMBERS]
+
+
+def _number(data: Data, column: str) -> None:
+    for split in ("train", "test"):
+        values = {str(case.metadata.get(column) or "") for case in data.cases if case.split == split} - {""}
+        if len(values) < 2:
+            raise ValueError(f"no two volumes of split {split} differ in {column}: there is nothing to predict")
+
+
+def _class(data: Data, column: str) -> None:
+    counts = {
+        split: Counter(str(case.metadata.get(column) or "") for case in data.cases if case.split == split)
+        for split in ("train", "test")
+    }
+    names = [str(name) for name in data.config.class_names[column]]
+    if lost := [name for name in names if not counts["train"][name]]:
+        raise ValueError(f"no volume of split train is of {column} {', '.join(lost)}: the classifier needs all classes")
+    if not any(counts["test"][name] for name in names):
+        raise ValueError(f"no volume of split test has a {column}")
 
 
 def _classified(data: Data, options: Options) -> None:
@@ -213,7 +248,9 @@ CHECKS: dict[str, Sequence[Callable[[Data, Options], None]]] = {
     "dice": [_segmented],
     "few_labels": [_segmented, _budgets(FEW_LABELS)],
     "pretrain": [_segmented, _budgets(PRETRAIN_LABELS)],
-    "conditions": [_classes, _classified],
+    "conditions": [_conditions, _classified],
+    "adherence": [_tissues, _split],
+    "morphometry": [_tissues, _empty, _counts],
     "copies": [_fingerprinted],
     "samplers": [_counts, _segmented],
 }

@@ -78,11 +78,12 @@ class SpectrumComparison(TypedDict):
 
 
 class IntensityComparison(TypedDict):
-    """Intensities of one channel; the distance of histograms is Wasserstein-1."""
+    """Intensities of one channel; the distance of histograms is Wasserstein-1. `hounsfield` are shares of voxels."""
 
     statistics: dict[str, ColumnComparison]
     histogram: SetComparison[float]
     spectrum_db: SpectrumComparison
+    hounsfield: NotRequired[dict[str, ColumnComparison]]  # by range
 
 
 class Realism(TypedDict):
@@ -102,6 +103,7 @@ def measure_realism(
     *,
     channels: Sequence[str] = ("image",),
     parts: Sequence[str] = PARTS,
+    hounsfield: Mapping[str, tuple[float, float]] | None = None,
     standardized: bool = True,
     pairs: int = PAIRS,
     seed: int = 0,
@@ -116,6 +118,7 @@ def measure_realism(
         extractors: by name, for the part "features"; on `device`.
         channels: names of the volumes' channels.
         parts: which of `PARTS`.
+        hounsfield: window in Hounsfield units of each channel that is CT, for the part "intensity".
         standardized: divide features by their standard deviations in the training set, so that all weigh the same and
             figures have a unit; False for figures to compare with those of a paper.
         pairs: of each set, at most, for the part "diversity".
@@ -154,7 +157,9 @@ def measure_realism(
         }
     if "intensity" in parts:
         report["intensity"] = {
-            channel: _intensity(volumes, index, subjects, seed, shape, steps("intensity"))
+            channel: _intensity(
+                volumes, index, subjects, seed, shape, steps("intensity"), (hounsfield or {}).get(channel)
+            )
             for index, channel in enumerate(channels)
         }
     return report
@@ -251,20 +256,22 @@ def _intensity(
     seed: int,
     shape: tuple[int, int, int],
     on_volume: Callable[[], None] | None,
+    window: tuple[float, float] | None,
 ) -> IntensityComparison:
-    def figures(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def figures(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         return (
             histogram.intensity_statistics(volume),
             histogram.histogram(volume),
             histogram.power(volume, shape),
+            np.zeros(0) if window is None else histogram.hounsfield_shares(volume, window),
         )
 
-    statistics, histograms, powers = {}, {}, {}
+    statistics, histograms, powers, shares = {}, {}, {}, {}
     for name in SETS:  # in one pass, for volumes may be read on access
         rows = zip(*_each(figures, volumes[name], channel, on_volume), strict=True)
-        statistics[name], histograms[name], powers[name] = (np.stack(column) for column in rows)
+        statistics[name], histograms[name], powers[name], shares[name] = (np.stack(column) for column in rows)
     ratios = compare_sets(histogram.power_ratio_db, powers, subjects=subjects, seed=seed)
-    return {
+    report: IntensityComparison = {
         "statistics": compare_columns(statistics, histogram.names(), subjects=subjects, seed=seed),
         "histogram": compare_sets(histogram.histogram_distance, histograms, subjects=subjects, seed=seed),
         "spectrum_db": {
@@ -273,6 +280,10 @@ def _intensity(
             "training_over_test": ratios["training_to_test"],
         },
     }
+    if window is not None:
+        ranges = [*histogram.hounsfield_ranges(window)]
+        report["hounsfield"] = compare_columns(shares, ranges, subjects=subjects, seed=seed)
+    return report
 
 
 def _each(

@@ -18,6 +18,7 @@ from evaluation.metrics.spectrum import (
     ratio_db,
 )
 from volumes import VolumeDataset, merge_channels, pad_sample
+from volumes.foreground import background_index
 
 
 def reconstruct(vae: VolumeAutoencoder, image: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ class CodebookReport(TypedDict):
 
 
 class Psnr(TypedDict):
-    """PSNR in dB inside the field of view."""
+    """PSNR in dB inside the field of view, or a part of it."""
 
     mean: float
     std: float
@@ -83,11 +84,13 @@ class ReconstructionReport(TypedDict):
 
     `sharpness` is the mean magnitude of gradients (`mean_gradient`) in all reconstructions over that in all volumes: 1
     where they are equally sharp, less where reconstructions are blurred; noise raises it as detail does. `codebook` is
-    for a VQ-GAN, `dice` for label maps.
+    for a VQ-GAN, `dice` for label maps, `psnr_foreground_db` for volumes whose background is empty: PSNR where their
+    masks have another label.
     """
 
     volumes: int
     psnr_db: Psnr
+    psnr_foreground_db: NotRequired[Psnr]
     spectrum: SpectrumRatio
     sharpness: float
     codebook: NotRequired[CodebookReport]
@@ -131,6 +134,8 @@ def evaluate_reconstruction(
         raise ValueError("the split is empty: there is no volume to reconstruct")
     names = [name for _, name in sorted(dataset.config.image_labels.items())]
     per_volume: dict[str, float] = {}
+    foreground: dict[str, float] = {}
+    background = background_index(dataset.labels) if dataset.config.empty_background else None
     real: list[np.ndarray] = []  # powers of each channel
     decoded: list[np.ndarray] = []
     dice: dict[str, list[float]] = {name: [] for name in names[1:]}
@@ -143,6 +148,9 @@ def evaluate_reconstruction(
         reconstruction = (_decode(vae, posterior).numpy() + 1) / 2
         fov = sample["fov"].numpy()
         per_volume[sample["name"]] = psnr(reconstruction, target, fov)
+        labels = sample.get("mask")
+        if background is not None and labels is not None:
+            foreground[sample["name"]] = psnr(reconstruction, target, fov & (labels.numpy() != background))
         gradients.append((mean_gradient(reconstruction, fov), mean_gradient(target, fov)))
         if isinstance(posterior, QuantisedLatents):
             # padded to the stride, so each latent voxel holds a voxel
@@ -155,27 +163,37 @@ def evaluate_reconstruction(
             dice[name].append(score)
         if on_volume is not None:
             on_volume(sample["name"], per_volume[sample["name"]])
-    decibels = ratio_db(np.mean(decoded, axis=0), np.mean(real, axis=0))
     decoded_gradient, real_gradient = np.mean(gradients, axis=0)
-    values = list(per_volume.values())
     report: ReconstructionReport = {
         "volumes": count,
-        "psnr_db": {"mean": float(np.mean(values)), "std": float(np.std(values)), "per_volume": per_volume},
+        "psnr_db": _mean_psnr(per_volume),
         "spectrum": {
             "unit": "dB of the real power, by radial frequency in cycles/voxel",
             "crop": list(crop),
-            "ratio_db": dict(zip(band_names(BAND_EDGES), decibels.tolist(), strict=True)),
+            "ratio_db": _ratios(decoded, real),
         },
         "sharpness": float(decoded_gradient / real_gradient),
-        "dice": {
-            name: {"volumes": len(scores), "mean": float(np.mean(scores)), "lowest": min(scores)}
-            for name, scores in dice.items()
-            if scores
-        },
+        "dice": {name: _summary(scores) for name, scores in dice.items() if scores},
     }
+    if foreground:
+        report["psnr_foreground_db"] = _mean_psnr(foreground)
     if codes is not None:
         report["codebook"] = codebook_report(codes, vae.stride)
     return report
+
+
+def _mean_psnr(per_volume: dict[str, float]) -> Psnr:
+    values = list(per_volume.values())
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "per_volume": per_volume}
+
+
+def _ratios(decoded: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, float]:
+    decibels = ratio_db(np.mean(decoded, axis=0), np.mean(real, axis=0))
+    return dict(zip(band_names(BAND_EDGES), decibels.tolist(), strict=True))
+
+
+def _summary(scores: Sequence[float]) -> LabelDice:
+    return {"volumes": len(scores), "mean": float(np.mean(scores)), "lowest": min(scores)}
 
 
 def _label_dice(reconstruction: np.ndarray, target: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -87,7 +87,7 @@ def test_what_cannot_be_judged_is_refused(folder):
     with pytest.raises(ValueError, match="made: no volume with a sidecar"):
         judge(folder)
     generate(folder, swapped=False)
-    with pytest.raises(ValueError, match=r"'sex' is not a class of the data; choose one of \['kind'\]"):
+    with pytest.raises(ValueError, match=r"'sex' is not a class or number of the data; choose one of \['kind'\]"):
         judge(folder, "--column", "sex")
     for path in (folder / "made").glob("*.json"):
         path.write_text(json.dumps({"synthetic": True, "classes": {"kind": "dark"}}))

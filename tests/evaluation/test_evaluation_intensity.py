@@ -4,17 +4,24 @@ import numpy as np
 import pytest
 from smooth import SHAPE, blurred, shuffled, smooth_volumes
 
+from evaluation.commands.realism import hounsfield_windows, print_summary
+from evaluation.data.volume_sets import VolumeSet
+from evaluation.html.realism import realism_section
 from evaluation.metrics.histogram import (
     BINS,
     band_edges_for,
     histogram,
     histogram_distance,
+    hounsfield_ranges,
+    hounsfield_shares,
     intensity_statistics,
     names,
     power,
     power_ratio_db,
 )
 from evaluation.metrics.set_distances import compare_sets
+from evaluation.studies.realism import measure_realism
+from volumes import DataConfig, IntensityScaling
 
 
 def test_statistics_of_known_intensities():
@@ -70,3 +77,55 @@ def test_each_fault_is_seen_by_its_metric():
     assert levels["excess"]["interval"][0] > 0.05 and np.abs(spectrum["mean"]).max() < 1
     levels, spectrum = judged(shuffled(fresh))
     assert levels["excess"]["interval"][0] < 0 and spectrum["interval"][0][-1] > 6
+
+
+def test_a_window_tells_ranges_of_hounsfield_units_apart():
+    """Air, lung, fat, muscle and bone; then a window that shows no lung, and one that shows no bone."""
+    values = np.array([-1000.0, -1000, -700, -100, -100, -100, 50, 400, 1000, -300]).reshape(10, 1, 1)
+    names = [*hounsfield_ranges((-1000, 1000))]
+    assert names[0] == "air, below -900 HU" and names[3] == "fat, -190 to -30 HU" and names[5] == "bone, above 200 HU"
+    shares = hounsfield_shares((values + 1000) / 2000, (-1000, 1000))
+    np.testing.assert_allclose(shares, [0.2, 0.1, 0.1, 0.3, 0.1, 0.2])
+    narrow = (-200.0, 300.0)
+    assert next(iter(hounsfield_ranges(narrow))) == "air or lung or partial volume, below -190 HU"
+    np.testing.assert_allclose(hounsfield_shares((values.clip(*narrow) + 200) / 500, narrow), [0.4, 0.3, 0.1, 0.2])
+    assert [*hounsfield_ranges((-160.0, 150.0))] == [
+        "air or lung or partial volume or fat, below -30 HU",
+        "soft tissue or bone, above -30 HU",
+    ]
+    assert [*hounsfield_ranges((0.0, 100.0))] == ["air or lung or partial volume or fat or soft tissue or bone, all"]
+
+
+def ct(count: int, seed: int, bone: float) -> VolumeSet:
+    """Volumes (1, 16, 18, 16) of soft tissue with about a share of bone, in the window -200 to 300 HU."""
+    random = np.random.default_rng(seed)
+    volumes = [np.where(random.random((1, *SHAPE)) < bone, 0.98, 0.5) for _ in range(count)]
+    return VolumeSet([volume.astype(np.float32) for volume in volumes])
+
+
+def test_too_much_bone_is_outside_of_its_floor(capsys):
+    sets = {"training": ct(8, 1, 0.1), "test": ct(8, 2, 0.1), "generated": ct(8, 3, 0.2)}
+    report = measure_realism(sets, {}, channels=("ct",), parts=("intensity",), hounsfield={"ct": (-200, 300)})
+    shares = report["intensity"]["ct"]["hounsfield"]
+    assert shares["bone, above 200 HU"]["generated"]["mean"] == pytest.approx(0.2, abs=0.01)
+    assert shares["bone, above 200 HU"]["test"]["mean"] == pytest.approx(0.1, abs=0.01)
+    print_summary(report)
+    assert "ct, bone, above 200 HU: 20." in capsys.readouterr().out
+    table = realism_section(report).tables[-1]
+    verdicts = {row.name.partition(",")[0]: row.verdict for row in table.rows}
+    assert table.heading == "Hounsfield units: ct" and verdicts["bone"] == "outside" and verdicts["fat"] == "within"
+    without = measure_realism(sets, {}, channels=("ct",), parts=("intensity",))
+    assert "hounsfield" not in without["intensity"]["ct"]
+
+
+def test_hounsfield_units_need_a_window():
+    scales = {"ct": IntensityScaling("window", -200, 300), "mr": IntensityScaling()}
+    config = DataConfig(images={"ct": "ct/*.nii.gz", "mr": "mr/*.nii.gz"}, intensity=scales)
+    assert hounsfield_windows(["ct"], config) == {"ct": (-200, 300)}
+    with pytest.raises(ValueError, match="--hounsfield mr: its intensity is of kind percentile"):
+        hounsfield_windows(["mr"], config)
+    with pytest.raises(ValueError, match="--hounsfield image: the data has the channels ct, mr"):
+        hounsfield_windows(["image"], config)
+    maps = DataConfig(images="*.nii.gz", image_labels={0: "background", 1: "organ"})
+    with pytest.raises(ValueError, match="--hounsfield organ: the data are label maps"):
+        hounsfield_windows(["organ"], maps)

@@ -43,6 +43,25 @@ def test_masks_known_in_part_are_named_before_any_work():
         assert ("unknown where masks hold 255 (-2)" in "".join(found)) == (on_error == "raise") == bool(found)
 
 
+def test_tissues_are_known_from_the_config():
+    """One channel, two tissues and volumes of both splits; a number that varies in both."""
+    labels = {0: "background", 1: "gray", 2: "white"}
+    names = {"masks": "m/{name}.nii.gz", "label_names": labels, "empty_background": True, "numbers": ["age"]}
+    config = DataConfig(images="i/{name}.nii.gz", **names)
+    listed = [replace(case, metadata={"age": str(30 + n)}) for n, case in enumerate(cases(10, 4))]
+    for command in ("adherence", "morphometry", "conditions"):
+        assert problems(command, Data(listed, config)) == []
+    two = replace(config, images={"ct": "c/{name}.nii.gz", "pet": "p/{name}.nii.gz"})
+    assert "the data has the channels ct, pet" in problems("adherence", Data(listed, two))[0]
+    assert problems("morphometry", Data(listed[:12], config)) == [
+        "2 test volumes are too few to compare; give 4 or more"
+    ]
+    same = [replace(case, metadata={"age": "30"}) for case in listed]
+    assert problems("conditions", Data(same, config)) == [
+        "no two volumes of split train differ in age: there is nothing to predict"
+    ]
+
+
 @pytest.mark.parametrize(
     ("command", "train", "test", "options", "said"),
     [
@@ -66,6 +85,9 @@ def test_masks_known_in_part_are_named_before_any_work():
         ("shapes", 10, 10, {}, "give a config whose data has image_labels"),
         ("few_labels", 10, 10, {"labels": ["12"]}, "--labels 12: give numbers of volumes from 1 to 10"),
         ("conditions", 10, 4, {}, "no volume of split train is of sex M"),
+        ("conditions", 10, 4, {"column": "age"}, "'age' is not a class or number of the data; choose one of ['sex']"),
+        ("adherence", 10, 4, {}, "set data.masks"),
+        ("morphometry", 10, 4, {}, "give a config whose data has empty_background"),
     ],
 )  # fmt: skip
 def test_limits_are_known_from_the_counts(command, train, test, options, said):

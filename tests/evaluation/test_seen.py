@@ -300,6 +300,8 @@ def test_the_split_of_the_training_judges_and_another_does_not(trained, tmp_path
         ["conditions", "--column", "x"],
         ["all"],
         ["shapes"],
+        ["adherence"],
+        ["morphometry"],
         ["dice", "--judge_synthetic"],
     ],
 )

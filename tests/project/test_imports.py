@@ -71,7 +71,7 @@ def wrong_levels(room: Path, levels: tuple[set[str], ...]) -> list[str]:
         f"{path.relative_to(room)}: {name}"
         for package, number in level_of.items()
         for path in sorted(
-            room.glob(f"{package}.py") if (room / f"{package}.py").exists() else (room / package).glob("*.py")
+            room.glob(f"{package}.py") if (room / f"{package}.py").exists() else (room / package).rglob("*.py")
         )
         for name in sorted(imported_packages(path, room.name))
         if level_of.get(name, len(levels) - 1) > number
