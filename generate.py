@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.command import ArgumentParser, next_step, run_command
-from cli.generation import add_run_arguments, class_pair
+from cli.generation import Pairs, add_run_arguments, class_pair
 from cli.settings import Number, PositiveFloat, PositiveInt, show_ranges
 from files.shipped import expand_path
 
@@ -81,7 +81,9 @@ def make_parser() -> ArgumentParser:
     split_help = "masks and conditions of the cases of these splits; `evaluate.py dice` learns from all but test"
     source.add_argument("--split", nargs="+", choices=SPLITS, help=split_help)
     classes_help = "class values of all volumes whose row or case has none, such as modality=ct"
-    parser.add_argument("--classes", nargs="+", type=class_pair, default=[], metavar="NAME=VALUE", help=classes_help)
+    parser.add_argument(
+        "--classes", nargs="+", action=Pairs, type=class_pair, default=[], metavar="NAME=VALUE", help=classes_help
+    )
     shape_help = "voxels, where no mask or image sets them"
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
     spacing_help = "of --shape, in mm (the model's)"

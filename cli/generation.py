@@ -38,23 +38,24 @@ def add_run_arguments(parser: ArgumentParser, per: str) -> None:
         "guidance away from the same mask with one label in the place of another, which shows small structures more "
         "clearly: lesion=organ (the pipeline's, or none)"
     )
-    parser.add_argument("--guidance_without", nargs="*", action=LabelPairs, metavar="LABEL=LABEL", help=without_help)
+    parser.add_argument(
+        "--guidance_without", nargs="*", action=Pairs, type=label_pair, metavar="LABEL=LABEL", help=without_help
+    )
     scale_help = "of --guidance_without; 1 is none (the pipeline's, or 2)"
     parser.add_argument("--without_scale", type=Number(NonNegativeFloat), help=scale_help)
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     label_help = "read a label value, or a segment of this name, as a label of the model: 3=1 4=tumor GTV=tumor"
-    parser.add_argument("--label_map", nargs="+", action=LabelPairs, default=[], metavar="VALUE=LABEL", help=label_help)
+    parser.add_argument(
+        "--label_map", nargs="+", action=Pairs, type=label_pair, default=[], metavar="VALUE=LABEL", help=label_help
+    )
     wait_help = "how long to wait for another process that writes to --output; 0 refuses at once (0)"
     parser.add_argument("--wait_minutes", type=Number(NonNegativeFloat), default=0.0, help=wait_help)
     parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
 
 
-class LabelPairs(argparse.Action):
-    """Stores the pairs of an option, see `label_pair`. Raises: ArgumentError for a value that is in two of them."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, type=label_pair, **options)
+class Pairs(argparse.Action):
+    """Stores the pairs of an option, which may be given again. Raises: ArgumentError for a key that is in two pairs."""
 
     def __call__(
         self,
@@ -64,10 +65,10 @@ class LabelPairs(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """As `argparse.Action`."""
-        counts = Counter(value for value, _ in values or ())
-        if twice := [str(value) for value, count in counts.items() if count > 1]:
+        pairs = [*(getattr(namespace, self.dest) or ()), *(values or ())]
+        if twice := [str(key) for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
             raise argparse.ArgumentError(self, f"names {', '.join(twice)} twice; remove one")
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, pairs)
 
 
 def class_pair(text: str) -> tuple[str, str]:

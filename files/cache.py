@@ -51,13 +51,14 @@ PINNED = ".in-use"  # suffix of the file beside a folder of links that its jobs 
 def cache_root() -> Path:
     """Return the folder of the cache."""
     usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "medvolume")
-    return _resolved(os.path.abspath(os.path.expanduser(os.environ.get("MEDVOLUME_CACHE") or usual)))
+    named = os.environ.get("MEDVOLUME_CACHE") or usual
+    return _resolved(named, os.environ.get("HOME"), "" if named.startswith(("/", "~")) else os.getcwd())
 
 
 @cache
-def _resolved(path: str) -> Path:
-    """Follow the links of a path: once, as a start asks for the cache several times a volume."""
-    return Path(path).resolve()
+def _resolved(path: str, home: str | None, working: str) -> Path:
+    """Follow the links of a path, once: a start asks for the cache several times a volume."""
+    return Path(path).expanduser().resolve()
 
 
 def make_folder(folder: Path) -> None:

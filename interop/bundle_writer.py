@@ -123,7 +123,8 @@ def _inexpressible(pipe: MedVolumePipeline) -> list[str]:
     schema, data = pipe.unet.condition_schema, pipe.data
     others = [name for name in schema.names if name != "mask"]
     found = {
-        "is not conditioned on a mask": not schema.mask,
+        "has a ControlNet": pipe.controlnet is not None,
+        "is not conditioned on a mask": not schema.mask and pipe.controlnet is None,
         f"is conditioned on {', '.join(others)}": bool(others),
         "generates label maps": bool(data.image_labels),
         "cuts its cases to a box (data.crop)": data.crop is not None,

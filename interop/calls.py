@@ -123,7 +123,8 @@ def sampling_table(
     if not (found - expected).abs().max() <= LINEAR * expected.abs().max():
         raise ValueError(
             f"{type(scheduler).__name__}: adds noise between steps, or clips, and a table of numbers cannot say that; "
-            "give the pipeline a scheduler without either, such as FlowMatchEulerDiscreteScheduler, UniPC or DDIM"
+            "give the pipeline one without either: UniPC, DDIM with clip_sample=False, or for a flow "
+            "FlowMatchEulerDiscreteScheduler"
         )
     return {"calls": recorder.calls, "final": final}
 

@@ -87,11 +87,12 @@ class Networks:
                 f"{folder}: has neither vae/config.json nor unet/config.json; give the folder of a pipeline"
             )
         index = folder / "model_index.json"
+        data = read_object(index).get("data") if index.is_file() else None
         return cls(
             load_autoencoder(folder) if has["vae"] else None,
             load_unet(folder) if has["unet"] else None,
             load_controlnet(folder) if (folder / "controlnet").is_dir() else None,
-            DataDescription.from_json(read_object(index).get("data")).labels if index.is_file() else {},
+            DataDescription.from_json(data).labels if data else {},
         )
 
     def license(self, given: str | None, folder: Path) -> str:
@@ -99,7 +100,14 @@ class Networks:
 
         Raises: ValueError if both are there, and differ.
         """
-        own = next((text for model in (self.vae, self.unet) if model and (text := model.config.get("license"))), None)
+        own = next(
+            (
+                text
+                for model in (self.vae, self.unet, self.controlnet)
+                if model and (text := model.config.get("license"))
+            ),
+            None,
+        )
         if own and given and own != given:
             raise ValueError(f"--license: the license of these weights is {own}; omit it")
         names = documents_of(folder)
@@ -197,10 +205,16 @@ def write_weights(networks: Networks, folder: Path) -> str:
             content = {"controlnet_state_dict": content}
         torch.save(content, folder / f"{part}.pt")
         arguments = arguments_of(name, model.config)
-        told = {f"{part}.json": arguments, f"{part}.network.json": arguments | _beside(model)}
+        told, back = {f"{part}.json": arguments}, f"{part}.network.json"
+        if isinstance(model, MonaiControlNet3D):
+            back = "its format: --from maisi-rflow-ct or maisi-ddpm-ct"
+        elif model.config.get("label_logits"):
+            back = "its format: --from maisi-masks --labels FILE"
+        else:
+            told[back] = arguments | _beside(model)
         for file, content in told.items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        lines.append(f"| {part}.pt | {arguments['_target_']} | {' | '.join(told)} |")
+        lines.append(f"| {part}.pt | {arguments['_target_']} | {part}.json | {back} |")
     return "\n".join(lines)
 
 

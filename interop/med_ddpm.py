@@ -116,7 +116,7 @@ class Published:
         """Input and output channels of its network, which no other published one has."""
         return len(self.channels) + len(self.labels) - 1, len(self.channels)
 
-    def pipeline(self, vae: None, unet: "MedDDPMUNet3D") -> "MedVolumePipeline":
+    def pipeline(self, vae: None, unet: "MedDDPMUNet3D", controlnet: None = None) -> "MedVolumePipeline":
         """Build the pipeline: voxels are the latents, so there is no autoencoder to convert."""
         from autoencoder import SpaceToDepth3D
         from pipelines import MedVolumePipeline, SamplingSettings

@@ -258,7 +258,7 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         raise ValueError(
             f"{', '.join(expressions)}: expressions and references are not evaluated; write the values out"
         )
-    regions = {given.pop(f"include_{end}_region_index_input", None) or False for end in ("top", "bottom")}
+    regions = [given.pop(f"include_{end}_region_index_input", None) or False for end in ("top", "bottom")]
     attends, transposed = given.pop("with_conditioning", None), given.pop("use_convtranspose", False)
     if attends is not None and attends != (given.get("cross_attention_dim") is not None):
         raise ValueError("with_conditioning and cross_attention_dim belong together; give both or neither")
@@ -273,8 +273,8 @@ def config_of(peer: Peer, arguments: Mapping[str, Any]) -> dict[str, object]:
         **defaults,
         **{peer.arguments[name]: value for name, value in given.items()},
     }
-    if regions != {False}:
-        if regions != {True} or "takes_spacing" not in peer.arguments.values():
+    if regions != [False, False]:
+        if regions != [True, True] or "takes_spacing" not in peer.arguments.values():
             raise ValueError(
                 "include_top_region_index_input and include_bottom_region_index_input: give both or neither"
             )

@@ -68,8 +68,8 @@ class StudioModel:
         return cls(
             name,
             data,
-            pipe.unet.condition_schema,
-            pipe.unet.takes_partial_masks,
+            pipe.denoiser.condition_schema,
+            pipe.denoiser.takes_partial_masks,
             pipe.sampling_settings,
             LabelCodes.of(data.labels),
             LabelCodes.of(data.image_labels) if data.image_labels else None,

@@ -71,8 +71,8 @@ def off_by(report: Report, highest: float) -> float:
 
 
 def memorized(report: Report) -> float:
-    """Return by how much the share of copies is above that of unseen volumes, in the worst space, in points."""
-    found = [space["memorized"]["similarity"] for space in report["spaces"].values()]
+    """Return by how much the share of copies is above that of unseen volumes, by the worst measure, in points."""
+    found = [one for space in report["spaces"].values() for one in space["memorized"].values() if isinstance(one, dict)]
     return 100 * max(one["fraction"] - one["false_positives"]["fraction"] for one in found)
 
 
@@ -133,7 +133,7 @@ GOALS: dict[str, tuple[Goal, ...]] = {
             most=1.5,
         ),
         Goal(
-            "seconds a volume from mask to image on two cores",
+            f"seconds a volume from mask to image on two cores{OLD}",
             ("docs/performance",),
             lambda report: generating(report)["seconds_per_volume"]["whole"]["median"],
             "{:.2f}",
@@ -228,28 +228,28 @@ GOALS: dict[str, tuple[Goal, ...]] = {
     ),
     "Masks from nothing, editing, fine-tuning (6)": (
         Goal(
-            "trained on pairs from nothing, synthetic / real",
+            f"trained on pairs from nothing, synthetic / real{OLD}",
             (f"{SHAPES}/dice",),
             ratio,
             "{:.4f}",
             least=0.97,
         ),
         Goal(
-            "inpainting: voxels changed outside of the region",
+            f"inpainting: voxels changed outside of the region{OLD}",
             ("docs/editing",),
             lambda report: sum(one["changed_outside"] for one in report["regions"].values()),
             "{:.0f}",
             most=0,
         ),
         Goal(
-            "inpainting: jump at the border, worse of two kinds of regions",
+            f"inpainting: jump at the border, worse of two kinds of regions{OLD}",
             ("docs/editing",),
             lambda report: max(one["jump"]["mean"] for one in report["regions"].values()),
             "{:.3f}",
             most=1.1,
         ),
         Goal(
-            "fine-tuned minus from scratch, 16 volumes, Dice: lower end over the seeds",
+            f"fine-tuned minus from scratch, 16 volumes, Dice: lower end over the seeds{OLD}",
             ("docs/finetuning",),
             lambda report: report["less_from_scratch"]["fine-tuned"]["interval_seeds"][0],
             "{:.4f}",
@@ -431,11 +431,12 @@ GOALS: dict[str, tuple[Goal, ...]] = {
         ),
         *(
             Goal(
-                f"{who}: share of copies above that of unseen real volumes, worst of four spaces, points",
+                f"{who}: share of copies above that of unseen real volumes, worst of all measures, points",
                 (report,),
                 memorized,
                 "{:.1f}",
                 most=0,
+                why="by the ratio of distances in the encoder's features alone",
             )
             for who, report in (
                 ("teacher", f"{TEACHER}/privacy"),
@@ -499,7 +500,9 @@ GOALS: dict[str, tuple[Goal, ...]] = {
         Goal(
             "MAISI's autoencoder in slabs off by, in the range",
             ("docs/group_norm_streaming",),
-            lambda report: max(row["difference"] for row in report["rows"] if "difference" in row),
+            lambda report: max(
+                row["difference"] for row in report["rows"] if row["network"] == "slabs" and "difference" in row
+            ),
             "{:.1e}",
             most=1e-5,
             why=NEVER,

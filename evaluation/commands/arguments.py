@@ -277,10 +277,10 @@ def _realism(parser: ArgumentParser) -> None:
     add_choices_argument(parser, "--parts", REALISM_PARTS, "measurements to make")
     parser.add_argument(
         "--hounsfield",
-        nargs="*",
+        nargs="+",
         default=[],
         metavar="CHANNEL",
-        help="channels that are CT with a window in HU (image, if the data has one channel): adds the shares of voxels "
+        help="channels that are CT with a window in HU (`image` if the data names none): adds the shares of voxels "
         "that are as dense as air, lung, fat, soft tissue and bone",
     )
     parser.add_argument(

@@ -57,7 +57,11 @@ def generated_with_maps(
     chosen = [(case, owner) for case, owner in listed if owner is not None and owner.split == split]
     if not chosen:
         others = sorted({owner.split for _, owner in listed if owner is not None})
-        remedy = f"give --split {others[0]}, or generate" if others else "generate"
+        remedy = (
+            f"give --split {others[0]} (evaluate.py all: --set adherence.split={others[0]}), or generate"
+            if others
+            else "generate"
+        )
         raise ValueError(
             f"{', '.join(map(str, folders))}: none of {len(listed)} volumes was generated from a mask of split "
             f"{split!r}, by the sidecars; {remedy} volumes from masks of that split"

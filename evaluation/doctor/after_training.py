@@ -220,12 +220,12 @@ def _darkened(volume: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
 def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps: int) -> np.ndarray:
     """Generate (C, X, Y, Z) from the case's mask, classes and numbers, with the case's index as the seed."""
     config, facts = dataset.config, dataset.facts[index]
-    mask = dataset.label_map(index) if pipe.unet.num_labels else None
+    mask = dataset.label_map(index) if pipe.denoiser.num_labels else None
     names = config.class_names
     classes = {c: names[c][i] for c, i in zip(sorted(names), facts.classes, strict=True) if i >= 0}
     numbers = {c: v for c, v in zip(sorted(config.numbers), facts.numbers, strict=True) if not math.isnan(v)}
-    classes = {name: value for name, value in classes.items() if name in pipe.unet.condition_schema.classes}
-    numbers = {name: value for name, value in numbers.items() if name in pipe.unet.condition_schema.numbers}
+    classes = {name: value for name, value in classes.items() if name in pipe.denoiser.condition_schema.classes}
+    numbers = {name: value for name, value in numbers.items() if name in pipe.denoiser.condition_schema.numbers}
     generator = torch.Generator().manual_seed(index)
     volume: Any = pipe(
         mask=mask,

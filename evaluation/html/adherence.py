@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .model import Row, Section, Table, count_volumes, format_number, not_above, not_below, overlap, pair
+from .model import Row, Section, Table, count_volumes, format_number, not_above, not_below, pair
 
 
 def conditions_section(report: Mapping[str, Any]) -> Section:
@@ -103,7 +103,7 @@ def morphometry_section(report: Mapping[str, Any]) -> Section:
                     pair(value["interval"]),
                     floor and floor["mean"],
                     floor and pair(floor["interval"]),
-                    overlap(value["interval"], floor["interval"]) if floor else None,
+                    value["interval"][0] <= 0 <= value["interval"][1],
                     "signed",
                 )
             )
@@ -117,7 +117,7 @@ def morphometry_section(report: Mapping[str, Any]) -> Section:
                 pair(found["generated"]["interval"]),
                 found["real"]["mean"],
                 pair(found["real"]["interval"]),
-                overlap(found["generated"]["interval"], found["real"]["interval"]),
+                found["difference"]["interval"][0] <= 0 <= found["difference"]["interval"][1],
                 "signed",
                 "real",
             )

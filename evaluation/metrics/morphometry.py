@@ -20,7 +20,7 @@ from .tissues import tissue_map
 
 WHOLE = "whole"  # all tissues together
 ALL = "all"  # the group of all volumes
-MIN_VOLUMES = 3  # of a group, or with a number: fewer give no interval
+MIN_SUBJECTS = 3  # of a group, or with a number: fewer give no interval
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # numbers (N,), sizes (N, tissues) and subjects (N,) of N volumes
 
 
@@ -56,7 +56,7 @@ class Morphometry(TypedDict):
     """All figures of `compare_sizes`. Intervals are of 95 %, over subjects.
 
     `groups` are "all" and then "sex F" and so on; `numbers` are by the number's name and the tissue's. Groups of fewer
-    than 3 real or generated volumes are left out, and so are numbers that fewer have, or that do not vary.
+    than 3 real or generated subjects are left out, and so are numbers that fewer have, or that do not vary.
     """
 
     groups: dict[str, Group]
@@ -106,7 +106,8 @@ def compare_sizes(
             }
     groups: dict[str, Group] = {}
     for group, chosen in members.items():
-        if min(len(chosen["generated"]), len(chosen["training"]) + len(chosen["test"])) < MIN_VOLUMES:
+        subjects = {name: {str(sets[name].subjects[index]) for index in chosen[name]} for name in SETS}
+        if min(len(subjects["generated"]), len(subjects["training"] | subjects["test"])) < MIN_SUBJECTS:
             continue
         groups[group] = {
             "volumes": {name: len(chosen[name]) for name in SETS},
@@ -126,7 +127,7 @@ def _compare_group(values: Mapping[str, np.ndarray], subjects: Mapping[str, Unit
     real = np.concatenate([values["training"], values["test"]])
     of_real = np.concatenate([subjects["training"], subjects["test"]])
     unit = max(float(real.std(ddof=1)), 1e-12)  # mm^3
-    enough = min(len(values["training"]), len(values["test"])) >= MIN_VOLUMES
+    enough = min(len(np.unique(subjects[name])) for name in ("training", "test")) >= MIN_SUBJECTS
     training, test = ((values[name], subjects[name]) for name in ("training", "test"))
     return {
         "real": _mean_std(real),
@@ -139,13 +140,15 @@ def _compare_group(values: Mapping[str, np.ndarray], subjects: Mapping[str, Unit
 def _difference(
     first: tuple[np.ndarray, Units], second: tuple[np.ndarray, Units], unit: float, seed: int
 ) -> Estimate[float]:
-    random = np.random.default_rng(seed)
-    means, resampled = [], []
-    for values, subjects in (first, second):
-        counts = resample_subjects(subjects, random)
-        means.append(float(values.mean()))
-        resampled.append(counts @ values / counts.sum(1))
-    return {"mean": (means[0] - means[1]) / unit, "interval": interval_of((resampled[0] - resampled[1]) / unit)}
+    """Compare two means. A subject that has volumes in both is picked for both, as often."""
+    values, subjects = (np.concatenate([one[part] for one in (first, second)]) for part in (0, 1))
+    of_first = np.arange(len(values)) < len(first[0])
+    counts = resample_subjects(subjects, np.random.default_rng(seed))
+    picked = [counts * here for here in (of_first, ~of_first)]
+    picked = [one[np.minimum(picked[0].sum(1), picked[1].sum(1)) > 0] for one in picked]  # else one has no mean
+    resampled = [one @ values / one.sum(1) for one in picked]
+    mean = values[of_first].mean() - values[~of_first].mean()
+    return {"mean": float(mean) / unit, "interval": interval_of((resampled[0] - resampled[1]) / unit)}
 
 
 def _correlations(
@@ -166,7 +169,7 @@ def _correlations(
             )
             known = ~np.isnan(given)
             pairs[source] = given[known], of_source[known], subjects[known]
-        if any(len(given) < MIN_VOLUMES or np.ptp(given) == 0 for given, _, _ in pairs.values()):
+        if any(len(np.unique(who)) < MIN_SUBJECTS or np.ptp(given) == 0 for given, _, who in pairs.values()):
             continue
         report[number] = {name: _correlate(pairs, column, seed) for column, name in enumerate(names)}
     return report

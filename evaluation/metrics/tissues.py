@@ -20,7 +20,7 @@ def cluster(values: np.ndarray, count: int) -> np.ndarray:
 
     In one dimension clusters are intervals, so the best can be found without a random start: those of a histogram by
     dynamic programming (Wang, Song 2011), moved as by Lloyd (1982) until they are those of the numbers. A cluster may
-    be empty where many numbers are equal.
+    be empty where many numbers are equal, and where one is so far from the others that they fill a few bins.
 
     Raises: ValueError for fewer than 2 clusters and for values that are not finite.
     """

@@ -31,6 +31,7 @@ from evaluation.networks.defaults import (
 )
 from evaluation.stats.conformal import check_unseen, conformal_threshold
 from volumes import UNKNOWN, Case, DataConfig
+from volumes.data.tables import read_number
 from volumes.volume import GRID_NUMBERS
 
 from .map_adherence import check_tissues
@@ -200,7 +201,8 @@ def table_numbers(config: DataConfig) -> list[str]:
 
 def _number(data: Data, column: str) -> None:
     for split in ("train", "test"):
-        values = {str(case.metadata.get(column) or "") for case in data.cases if case.split == split} - {""}
+        cells = [case.metadata.get(column) for case in data.cases if case.split == split]
+        values = {read_number(cell) for cell in cells if cell not in (None, "")}
         if len(values) < 2:
             raise ValueError(f"no two volumes of split {split} differ in {column}: there is nothing to predict")
 

@@ -20,6 +20,7 @@ from volumes import VolumeDataset, pad_sample
 
 from .reconstruction import reconstruct
 
+MIN_SUBJECTS = 4  # as for sets of volumes (`check_counts`)
 Rows = dict[str, list[np.ndarray]]  # Dice of each tissue, of the volumes of each map, by the map's case
 
 
@@ -81,11 +82,11 @@ def measure_map_adherence(
 
     def measure(dataset: VolumeDataset, index: int, source: str, case: str) -> None:
         volume, expected = mapped_volume(dataset, index)
-        tissues = tissue_map(volume, expected > 0, len(names))
+        tissues = tissues_of_map(volume, expected)
         dice[source].setdefault(case, []).append(tissue_dice(tissues, expected, len(names)))
         outside[source].setdefault(case, []).append(outside_share(volume, expected == 0))
         if source == "real" and vae is not None:
-            found = tissue_map(_reconstructed(vae, dataset, index), expected > 0, len(names))
+            found = tissues_of_map(_reconstructed(vae, dataset, index), expected)
             dice["reconstruction"][case] = [tissue_dice(found, expected, len(names))]
             dice["reconstruction_to_real"][case] = [tissue_dice(found, tissues, len(names))]
         if on_volume is not None:
@@ -98,6 +99,16 @@ def measure_map_adherence(
         if generated is None or case.name in dice["generated"]:
             measure(real, index, "real", case.name)
     return _summarize(names, dice, outside if real.config.empty_background else {}, real)
+
+
+def tissues_of_map(volume: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Cluster a volume (X, Y, Z) into the tissues that its map (X, Y, Z) has: a map of a part of the organ may lack
+    one."""
+    inside = expected > 0
+    present = np.unique(expected[inside])
+    if len(present) < 2:
+        return np.where(inside, expected, 0)
+    return np.append(0, present)[tissue_map(volume, inside, len(present))]
 
 
 def check_tissues(channels: Sequence[str], names: Sequence[str]) -> None:
@@ -126,6 +137,11 @@ def _summarize(
     if not cases:
         raise ValueError("no map has a tissue: there is nothing to compare")
     subjects = [subject_of[case] for case in cases]
+    if len(set(subjects)) < MIN_SUBJECTS:
+        raise ValueError(
+            f"the maps that can be compared are of {len(set(subjects))} subjects, and intervals need {MIN_SUBJECTS}; "
+            "generate volumes from masks of more subjects"
+        )
     rows = {source: np.stack([np.mean(of_map[case], axis=0) for case in cases]) for source, of_map in dice.items()}
     # A cluster that an original lacks, but not its map, has no Dice against the original.
     means = {source: np.nanmean(of_source, axis=1) for source, of_source in rows.items()}

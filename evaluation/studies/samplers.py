@@ -295,7 +295,7 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     if min([*options.steps, options.masks, options.batch_size]) < 1:
         raise ValueError("--steps, --masks and --batch_size must be 1 or more")
     for scale in options.guidance:
-        schema = pipe.unet.condition_schema
+        schema = pipe.denoiser.condition_schema
         check_guidance(scale, schema.dropout, {"mask", *schema.classes, *schema.numbers})
     scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
     weak = [autoguidance_in_effect(scale) for scale in options.autoguidance]

@@ -220,9 +220,11 @@ class PipelineIOMixin(DiffusionPipeline):
         own; it gets the type and the device of the pipeline's U-Net. `save_pretrained` saves it with the pipeline.
         After `enable_model_cpu_offload` it is moved like the others.
 
-        Raises: FileError if there is none; ValueError if it does not fit the pipeline's U-Net, and after an offload
-        whose hooks it would not have.
+        Raises: FileError if there is none; ValueError if it does not fit the pipeline's U-Net, beside a ControlNet, and
+        after an offload whose hooks it would not have.
         """
+        if self.controlnet is not None:
+            raise ValueError("load_unet_weak: the pipeline has a ControlNet, which would not steer a weaker U-Net")
         offloaded = bool(getattr(self, "_all_hooks", None))  # by enable_model_cpu_offload
         if not offloaded and moves_weights(self.unet):
             raise ValueError(

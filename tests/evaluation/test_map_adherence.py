@@ -1,6 +1,7 @@
 """evaluate.py adherence and morphometry: volumes whose tissues are known, and an autoencoder whose answer is known."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,10 @@ from smooth import smooth
 import evaluate
 from autoencoder import AutoencoderKL3D
 from evaluation.data.maps import generated_with_maps, real_with_maps, tissue_numbers
-from evaluation.studies.map_adherence import measure_map_adherence
+from evaluation.html.adherence import morphometry_section
+from evaluation.metrics.morphometry import _compare_group
+from evaluation.metrics.tissues import tissue_dice
+from evaluation.studies.map_adherence import measure_map_adherence, tissues_of_map
 from evaluation.studies.reconstruction import evaluate_reconstruction
 from pipelines import describe_mask
 from pipelines.storage.provenance import sidecar_path
@@ -201,7 +205,7 @@ def test_a_background_that_is_not_the_lowest_label_has_number_0():
     assert tissue_numbers(np.array([0, 1, 2, -1, -2]), 0).tolist() == [0, 1, 2, -1, -2]
 
 
-def test_morphometry_of_real_volumes_and_of_larger_ones(folder, tmp_path, capsys):
+def test_morphometry_of_real_volumes_as_generated_ones(folder, tmp_path, capsys):
     generate(folder, "same")
     report = measure(folder, "morphometry", "--synthetic", str(folder / "same"))
     assert report["volumes"]["generated"]["volumes"] == 11
@@ -214,6 +218,35 @@ def test_morphometry_of_real_volumes_and_of_larger_ones(folder, tmp_path, capsys
     assert "gray with age, correlation: " in capsys.readouterr().out
     evaluate.main(["report", str(folder / "report.json"), "--output", str(tmp_path / "page")])
     assert "Correlation of sizes with age" in (tmp_path / "page/report.html").read_text()
+
+
+def test_larger_tissues_are_found_and_pairs_count_as_pairs():
+    """Of 40 subjects with a volume of each kind, generated ones 0.3 standard deviations larger: found only in pairs."""
+    random = np.random.default_rng(0)
+    real, subjects = random.normal(1000, 100, 40), [f"s{n:02d}" for n in range(40)]
+    values = {"training": real[:20], "test": real[20:], "generated": real + 30}
+    of_sets = {"training": subjects[:20], "test": subjects[20:], "generated": subjects}
+    found = _compare_group(values, {name: np.array(one) for name, one in of_sets.items()}, 0)["difference"]
+    assert found["interval"][0] > 0 and found["mean"] == pytest.approx(30 / real.std(ddof=1))
+    of_sets["generated"] = [f"t{n:02d}" for n in range(40)]
+    found = _compare_group(values, {name: np.array(one) for name, one in of_sets.items()}, 0)["difference"]
+    assert found["interval"][0] < 0 < found["interval"][1]
+    row = {"real": {"mean": 1.0, "std": 1.0}, "generated": {"mean": 2.0, "std": 1.0}, "floor": None}
+    for interval, within in (([0.1, 0.5], False), ([-0.1, 0.5], True), ([-0.5, -0.1], False)):
+        sizes = {**row, "difference": {"mean": 0.2, "interval": interval}}
+        group = {"volumes": {"training": 9, "test": 9, "generated": 9}, "tissues": {"gray": sizes}}
+        section = morphometry_section({"groups": {"all": group}, "numbers": {}})
+        assert section.tables[0].rows[0].within is within
+
+
+@pytest.mark.parametrize("labels", [[1, 3], [2, 3], [2]])
+def test_maps_that_lack_a_tissue(labels):
+    expected = np.zeros((6, 6, 6), np.int64)
+    for number, label in enumerate(labels):
+        expected[number * 2 : number * 2 + 2] = label
+    noise = np.random.default_rng(0).normal(0, 0.01, expected.shape)
+    dice = tissue_dice(tissues_of_map(0.25 * expected + noise, expected), expected, 3)
+    assert [1.0 if label in labels else math.nan for label in (1, 2, 3)] == pytest.approx(dice, nan_ok=True)
 
 
 def test_they_are_parts_of_one_page(folder, tmp_path):

@@ -24,6 +24,7 @@ from interop.maisi_labels import BODY, LABELS
 from interop.networks import PEERS, renamed
 from pipelines import MedVolumeEditPipeline, MedVolumePipeline, SamplingSettings, read_sidecar
 from pipelines.storage.loading import load_unet
+from studio.models import StudioModel
 from training.ldm import model_of
 
 DDPM, FLOW = "maisi-ddpm-ct", "maisi-rflow-ct"
@@ -379,6 +380,8 @@ def test_a_controlnet_that_does_not_fit_is_refused(hub):
         MedVolumePipeline(**parts, controlnet=MonaiControlNet3D.from_config(config))
     with pytest.raises(ValueError, match="controlnet and unet_weak"):
         MedVolumePipeline(**parts, controlnet=pipe.controlnet, unet_weak=pipe.unet)
+    with pytest.raises(ValueError, match="load_unet_weak: the pipeline has a ControlNet"):
+        pipe.load_unet_weak("nowhere")
     with pytest.raises(ValueError, match="controlnet is MonaiUNet3D; a MonaiControlNet3D is needed"):
         MedVolumePipeline(**parts, controlnet=pipe.unet)
     with pytest.raises(ValueError, match=r"controlnet is torch.bfloat16, the U-Net torch.float32"):
@@ -451,9 +454,19 @@ def test_the_way_back_to_monai(hub, tmp_path, monkeypatch):
     arguments = json.loads((tmp_path / "back/controlnet.json").read_text())
     assert arguments.pop("_target_").endswith("controlnet_maisi.ControlNetMaisi")
     ControlNetMaisi(**arguments).load_state_dict(stored)
+    assert not (tmp_path / "back/controlnet.network.json").exists()
+    assert "--from maisi-rflow-ct" in (tmp_path / "back/README.md").read_text()
+    with pytest.raises(ValueError, match="has a ControlNet"):
+        export("monai-bundle", tmp_path / "pipeline", tmp_path / "bundle")
     monkeypatch.setitem(WRITERS, "torch-export", lambda networks, folder: "programs")  # which take a minute
     [note] = export("torch-export", tmp_path / "pipeline", tmp_path / "programs")
     assert "ControlNet is left out" in note and note in (tmp_path / "programs/README.md").read_text()
+
+
+def test_the_studio_paints_masks_for_it(hub, tmp_path):
+    *_, pipe = hub(FLOW)
+    model = StudioModel.of(str(tmp_path), pipe).to_json()
+    assert model["mask"] == "optional" and model["edits"]
 
 
 def test_training_a_controlnet_is_refused_by_name(hub, tmp_path):
@@ -481,6 +494,8 @@ def test_generate_from_label_maps(source, hub, tmp_path):
         words = ["--pipeline", folder, "--conditions", tmp_path / "table.csv"]
     words += ["--output", tmp_path / "volumes"]
     generate([str(word) for word in words])
+    with pytest.raises(SystemExit):
+        generate([*map(str, words), "--classes", "modality=ct", "--classes", "modality=mr"])
     record = read_sidecar(tmp_path / "volumes/case_1_000.nii.gz")
     assert record["classes"] == {MODALITY: "ct"} and record["mask"]["file"] == "case_1.nii.gz"
     assert record["model"] == pipe.model_hash

@@ -86,6 +86,8 @@ def state(figure: Figure) -> str:
         if found is None:
             return f"of commit {commit}, which is not in this clone"
         counts.append(int(found))
+    if not counts:
+        return "names no commit"
     behind = max(counts)
     return f"{behind} commit{'s' * (behind > 1)} behind" if behind else CURRENT
 

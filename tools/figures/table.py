@@ -1,5 +1,7 @@
 """The reports in docs/ and weights/, how each is measured, and the pages that hold their figures."""
 
+import itertools
+import re
 from dataclasses import dataclass
 
 
@@ -83,12 +85,16 @@ def weights(name: str) -> tuple[str, ...]:
 
 
 def evaluated(name: str, report: str, *commands: str, needs: tuple[str, ...] = HIPPOCAMPUS, fixed: str = "") -> Figure:
-    """Return the figure of a report of evaluate.py, or of a study, on a shipped pipeline."""
+    """Return the figure of a report of evaluate.py, or of a study, on a shipped pipeline.
+
+    What it measures changes with all pipelines and configs that its commands name.
+    """
+    named = re.findall(r"(?:weights|configs)/[\w-]+", " ".join(commands))
+    parts = (weights(one.partition("/")[2]) if one.startswith("weights") else (one,) for one in named)
+    code = (*ENGINE, *JUDGES, *weights(name), *itertools.chain.from_iterable(parts))
     if commands:
         commands = (*commands[:-1], f"{commands[-1]} --output {{report}}")
-    return Figure(
-        f"weights/{name}/results/{report}.json", commands, (*ENGINE, *JUDGES, *weights(name)), needs, fixed=fixed
-    )
+    return Figure(f"weights/{name}/results/{report}.json", commands, tuple(dict.fromkeys(code)), needs, fixed=fixed)
 
 
 def dice(name: str, report: str, generate: str, folder: str, sources: str = "synthetic") -> Figure:
