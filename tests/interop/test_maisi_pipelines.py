@@ -125,6 +125,7 @@ def test_a_flow_is_maisis_bit_for_bit(name, modality, hub):
     assert record["numbers"] == dict(zip(("spacing_x", "spacing_y", "spacing_z"), SPACING, strict=True))
 
 
+@pytest.mark.slow  # 1000 steps; test_maisi_controlnet takes 50
 def test_ddpm_is_maisis_with_the_same_noise(hub):
     vae, unet, pipe = hub("maisi-ddpm-ct")
     assert pipe.sampling_settings == SamplingSettings(1000)

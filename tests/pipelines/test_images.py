@@ -29,7 +29,7 @@ from diffusion import (
 from diffusion.latents.cache import cache_key
 from pipelines import MedVolumePipeline
 from training import initialize_from, ldm, ldm_step
-from volumes import DataConfig, VolumeDataset, load_cases
+from volumes import DataConfig, VolumeDataset, load_cases, slices_figure
 
 TINY = {"channels": (16,), "strides": (), "blocks": (1,), "attention": (False,)}
 BOTH = {"images": {"ct": 2, "pet": 1}, "in_channels": 3, "out_channels": 3}
@@ -261,10 +261,10 @@ def train(folder: Path, output: Path, *args: str) -> dict[str, float]:
 
 def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatch):
     seen, drawn, previewed = [], [], []
-    loss, figure, denoised = ldm_step.training_loss, ldm_step.slices_figure, ldm_step.denoise
+    loss, figure, denoised = ldm_step.training_loss, slices_figure, ldm_step.denoise
     monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (previewed.append(a[3].image), denoised(*a, **k))[1])
     monkeypatch.setattr(ldm_step, "training_loss", lambda *a, **k: (seen.append(a[3].image), loss(*a, **k))[1])
-    monkeypatch.setattr(ldm_step, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
+    monkeypatch.setattr("volumes.slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
     encode, latents = ldm.encode_held_out, []
     monkeypatch.setattr(ldm, "encode_held_out", lambda *a, **k: (latents.extend(made := encode(*a, **k)), made)[1])
     metrics = train(folder, tmp_path)

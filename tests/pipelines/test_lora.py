@@ -602,7 +602,7 @@ def test_training_ends_with_the_average_as_a_lora(tmp_path, base):
         assert (pipe.unet(x, 500, mask).sample - wanted).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("algorithm", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_a_resumed_lora_equals_an_uninterrupted_one(algorithm, tmp_path, base, monkeypatch):
     args = [f"--optimizer.algorithm={algorithm}", "--lora.dropout=0.1", "--loop.max_steps=4"]
     train(tmp_path / "whole", base, *args)

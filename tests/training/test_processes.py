@@ -57,6 +57,7 @@ def test_several_processes_have_the_losses_of_one(tmp_path, chosen):
         assert set(stored) == {10}
 
 
+@pytest.mark.slow  # half a minute; the other tests here run two processes, too
 def test_two_processes_compare_generated_volumes_as_one(tmp_path):
     """An odd number of volumes, which the processes share: the distances and their floor are those of one process."""
     torch.manual_seed(0)

@@ -347,7 +347,7 @@ def test_a_unet_is_trained_with_its_own_steps_and_loss():
 def test_previews_are_sampled_with_the_average(monkeypatch):
     step, used = diffusion_step(), []
     monkeypatch.setattr(ldm_step, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
-    monkeypatch.setattr(ldm_step, "slices_figure", lambda cases: cases)
+    monkeypatch.setattr("volumes.slices_figure", lambda cases: cases)
     item = {
         "latents": torch.zeros(1, CHANNELS, 3, 3, 3),
         "image": torch.zeros(1, 6, 6, 6),
