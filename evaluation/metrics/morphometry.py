@@ -106,15 +106,16 @@ def compare_sizes(
             }
     groups: dict[str, Group] = {}
     for group, chosen in members.items():
-        subjects = {name: {str(sets[name].subjects[index]) for index in chosen[name]} for name in SETS}
-        if min(len(subjects["generated"]), len(subjects["training"] | subjects["test"])) < MIN_SUBJECTS:
+        subjects = {name: np.asarray(sets[name].subjects)[chosen[name]] for name in SETS}
+        of_real = np.union1d(subjects["training"], subjects["test"])
+        if min(len(np.unique(subjects["generated"])), len(of_real)) < MIN_SUBJECTS:
             continue
         groups[group] = {
             "volumes": {name: len(chosen[name]) for name in SETS},
             "tissues": {
                 tissue: _compare_group(
                     {name: sizes[name][chosen[name], column] for name in SETS},
-                    {name: np.asarray(sets[name].subjects)[chosen[name]] for name in SETS},
+                    subjects,
                     seed,
                 )
                 for column, tissue in enumerate(names)
