@@ -18,7 +18,7 @@ from diffusion.denoiser import CONTROLNET, LatentDenoiser
 from diffusion.unet import LatentUNet3DOutput
 from volumes import PADDING
 
-from .unet import ControlResiduals, MonaiUNet3D
+from .unet import ControlResiduals, MonaiUNet3D, check_levels
 
 if TYPE_CHECKING:
     from autoencoder import VolumeAutoencoder
@@ -68,11 +68,7 @@ class MonaiControlNet3D(VolumeModel):
         license: str | None = None,
     ):
         super().__init__()
-        if not len(channels) == len(num_res_blocks) == len(attention_levels) == len(num_head_channels):
-            raise ValueError(
-                f"channels {channels}, num_res_blocks {num_res_blocks}, attention_levels {attention_levels} and "
-                f"num_head_channels {num_head_channels} need one entry per level"
-            )
+        check_levels(channels, num_res_blocks, attention_levels, num_head_channels)
         if not embedding_channels or list(label_values) != sorted(set(label_values)) or not label_values:
             raise ValueError(
                 f"embedding_channels {[*embedding_channels]}, label_values {[*label_values]}: give at least one of "

@@ -106,11 +106,7 @@ class MonaiUNet3D(LatentDenoiser):
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
-        if not len(channels) == len(num_res_blocks) == len(attention_levels) == len(num_head_channels):
-            raise ValueError(
-                f"channels {channels}, num_res_blocks {num_res_blocks}, attention_levels {attention_levels} and "
-                f"num_head_channels {num_head_channels} need one entry per level"
-            )
+        check_levels(channels, num_res_blocks, attention_levels, num_head_channels)
         if objective == FLOW_MAP:
             raise ValueError(f"objective {FLOW_MAP}: students are LatentUNet3D")
         if objective is not None:
@@ -299,6 +295,20 @@ class MonaiUNet3D(LatentDenoiser):
         if indices is None:
             return None
         return (indices[:, None] == torch.arange(len(REGIONS), device=indices.device)).to(dtype) * UNIT
+
+
+def check_levels(
+    channels: Sequence[int],
+    num_res_blocks: Sequence[int],
+    attention_levels: Sequence[bool],
+    num_head_channels: Sequence[int],
+) -> None:
+    """Raise ValueError unless each has one entry per level."""
+    if not len(channels) == len(num_res_blocks) == len(attention_levels) == len(num_head_channels):
+        raise ValueError(
+            f"channels {channels}, num_res_blocks {num_res_blocks}, attention_levels {attention_levels} and "
+            f"num_head_channels {num_head_channels} need one entry per level"
+        )
 
 
 def _class_values(config: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .model import Row, Section, Table, count_volumes, format_number, not_above, not_below, pair
+from .model import Row, Section, Table, count_volumes, format_number, not_above, not_below, overlap, pair
+
+ZERO = (0.0, 0.0)  # the interval of no difference
 
 
 def conditions_section(report: Mapping[str, Any]) -> Section:
@@ -103,7 +105,7 @@ def morphometry_section(report: Mapping[str, Any]) -> Section:
                     pair(value["interval"]),
                     floor and floor["mean"],
                     floor and pair(floor["interval"]),
-                    value["interval"][0] <= 0 <= value["interval"][1],
+                    overlap(value["interval"], ZERO),
                     "signed",
                 )
             )
@@ -117,7 +119,7 @@ def morphometry_section(report: Mapping[str, Any]) -> Section:
                 pair(found["generated"]["interval"]),
                 found["real"]["mean"],
                 pair(found["real"]["interval"]),
-                found["difference"]["interval"][0] <= 0 <= found["difference"]["interval"][1],
+                overlap(found["difference"]["interval"], ZERO),
                 "signed",
                 "real",
             )

@@ -13,6 +13,7 @@ import numpy as np
 
 from autoencoder import VolumeAutoencoder
 from evaluation.data.maps import mapped_volume, tissue_names
+from evaluation.metrics.set_distances import MIN_SIZE
 from evaluation.metrics.tissues import outside_share, tissue_dice, tissue_map
 from evaluation.stats.bootstrap import Estimate, mean_over_subjects
 from evaluation.stats.intervals import compare_paired
@@ -20,7 +21,6 @@ from volumes import VolumeDataset, pad_sample
 
 from .reconstruction import reconstruct
 
-MIN_SUBJECTS = 4  # as for sets of volumes (`check_counts`)
 Rows = dict[str, list[np.ndarray]]  # Dice of each tissue, of the volumes of each map, by the map's case
 
 
@@ -137,9 +137,9 @@ def _summarize(
     if not cases:
         raise ValueError("no map has a tissue: there is nothing to compare")
     subjects = [subject_of[case] for case in cases]
-    if len(set(subjects)) < MIN_SUBJECTS:
+    if len(set(subjects)) < MIN_SIZE:
         raise ValueError(
-            f"the maps that can be compared are of {len(set(subjects))} subjects, and intervals need {MIN_SUBJECTS}; "
+            f"the maps that can be compared are of {len(set(subjects))} subjects, and intervals need {MIN_SIZE}; "
             "generate volumes from masks of more subjects"
         )
     rows = {source: np.stack([np.mean(of_map[case], axis=0) for case in cases]) for source, of_map in dice.items()}
